@@ -1,0 +1,1 @@
+"""The node's daemon: assembles the rooms and owns the main loop."""

@@ -1,0 +1,1 @@
+"""The `podwire` command: argument parsing and printing, nothing else."""

@@ -1,0 +1,52 @@
+"""The command line: one subcommand per file in this folder, found by name when it is asked for.
+
+A subcommand module has `SUMMARY` (one line), `configure(parser)` and `run(args) -> int`.
+Modules are imported only when they are used, so that `podwire --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from podwire import __version__
+from podwire.errors import PodwireError
+
+COMMANDS: dict[str, str] = {
+    "agent": "the node's daemon",
+    "lab": "a cluster in network namespaces on this machine",
+    "status": "what runs, what is programmed, what was set aside and why",
+    "services": "Services as the data path sees them",
+    "policy": "network policies: why, ls, show, matrix, diff, lint, drops, wait",
+    "conntrack": "the connection table by pod and Service",
+    "vpc": "ENIs, pods and settings of VPC mode",
+    "bpf": "eBPF programs, maps and links",
+    "install": "put the CNI plugin and its configuration in place",
+    "uninstall": "take them away again",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one subcommand and exit with its status: 0 done, 1 failed, 2 bad usage."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="podwire", description="Kubernetes networking")
+    parser.add_argument("--version", action="version", version=f"podwire {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == wanted:
+            module = importlib.import_module(f"podwire.cli.{name}")
+            module.configure(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    try:
+        sys.exit(args.run(args))
+    except PodwireError as error:
+        print(f"podwire: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

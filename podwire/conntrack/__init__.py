@@ -1,0 +1,1 @@
+"""The connection table: reading, statistics, attribution, advice."""

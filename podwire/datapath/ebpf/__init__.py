@@ -1,0 +1,1 @@
+"""The eBPF data path: maps and pinned links."""

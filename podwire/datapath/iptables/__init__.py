@@ -1,0 +1,1 @@
+"""The iptables data path: iptables-restore and ipset."""

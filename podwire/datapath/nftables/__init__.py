@@ -1,0 +1,1 @@
+"""The nftables data path: constant structure, everything else is elements."""

@@ -1,0 +1,1 @@
+"""A cluster in network namespaces: topology, API server, controllers, pod runtime."""

@@ -1,0 +1,1 @@
+"""Policy objects, Pods and Namespaces in, an immutable PolicyTable with its evaluator out. Pure."""

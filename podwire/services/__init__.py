@@ -1,0 +1,1 @@
+"""Service and EndpointSlice objects in, an immutable ServiceTable with its evaluator out. Pure."""
