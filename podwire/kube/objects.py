@@ -16,14 +16,14 @@ class Object(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     """Base: immutable, camelCase on the wire, unknown fields ignored."""
 
 
-class OwnerReference(Object):
+class OwnerReference(Object, frozen=True, kw_only=True):
     kind: str = ""
     name: str = ""
     uid: str = ""
     controller: bool = False
 
 
-class Metadata(Object):
+class Metadata(Object, frozen=True, kw_only=True):
     name: str = ""
     namespace: str = ""
     uid: str = ""
@@ -35,7 +35,7 @@ class Metadata(Object):
     owner_references: list[OwnerReference] = []
 
 
-class NamespacedName(Object):
+class NamespacedName(Object, frozen=True, kw_only=True):
     """`str()` is ``namespace/name``, or ``name`` for cluster-scoped objects."""
 
     namespace: str
@@ -45,7 +45,7 @@ class NamespacedName(Object):
         return f"{self.namespace}/{self.name}" if self.namespace else self.name
 
 
-class Resource(Object):
+class Resource(Object, frozen=True, kw_only=True):
     """Anything with metadata."""
 
     metadata: Metadata = Metadata()
@@ -59,39 +59,39 @@ class Resource(Object):
 # --- core/v1 -------------------------------------------------------------------------------------
 
 
-class Namespace(Resource):
+class Namespace(Resource, frozen=True, kw_only=True):
     pass
 
 
-class NodeAddress(Object):
+class NodeAddress(Object, frozen=True, kw_only=True):
     type: str = ""
     address: str = ""
 
 
-class Taint(Object):
+class Taint(Object, frozen=True, kw_only=True):
     key: str = ""
     value: str = ""
     effect: str = ""
 
 
-class NodeSpec(Object):
+class NodeSpec(Object, frozen=True, kw_only=True):
     pod_cidr: str = msgspec.field(name="podCIDR", default="")
     pod_cidrs: list[str] = msgspec.field(name="podCIDRs", default=[])
     taints: list[Taint] = []
     unschedulable: bool = False
 
 
-class NodeStatus(Object):
+class NodeStatus(Object, frozen=True, kw_only=True):
     addresses: list[NodeAddress] = []
     capacity: dict[str, str] = {}
 
 
-class Node(Resource):
+class Node(Resource, frozen=True, kw_only=True):
     spec: NodeSpec = NodeSpec()
     status: NodeStatus = NodeStatus()
 
 
-class ContainerPort(Object):
+class ContainerPort(Object, frozen=True, kw_only=True):
     name: str = ""
     container_port: int = 0
     protocol: str = "TCP"
@@ -99,36 +99,36 @@ class ContainerPort(Object):
     host_ip: str = msgspec.field(name="hostIP", default="")
 
 
-class Container(Object):
+class Container(Object, frozen=True, kw_only=True):
     name: str = ""
     ports: list[ContainerPort] = []
     restart_policy: str = ""  # "Always" marks a native sidecar among init containers
 
 
-class PodSpec(Object):
+class PodSpec(Object, frozen=True, kw_only=True):
     node_name: str = ""
     host_network: bool = False
     containers: list[Container] = []
     init_containers: list[Container] = []
 
 
-class PodIP(Object):
+class PodIP(Object, frozen=True, kw_only=True):
     ip: str = ""
 
 
-class PodStatus(Object):
+class PodStatus(Object, frozen=True, kw_only=True):
     phase: str = ""
     pod_ip: str = msgspec.field(name="podIP", default="")
     pod_ips: list[PodIP] = msgspec.field(name="podIPs", default=[])
     host_ip: str = msgspec.field(name="hostIP", default="")
 
 
-class Pod(Resource):
+class Pod(Resource, frozen=True, kw_only=True):
     spec: PodSpec = PodSpec()
     status: PodStatus = PodStatus()
 
 
-class ServicePort(Object):
+class ServicePort(Object, frozen=True, kw_only=True):
     name: str = ""
     protocol: str = "TCP"
     port: int = 0
@@ -136,15 +136,15 @@ class ServicePort(Object):
     app_protocol: str = ""
 
 
-class ClientIPConfig(Object):
+class ClientIPConfig(Object, frozen=True, kw_only=True):
     timeout_seconds: int | None = None
 
 
-class SessionAffinityConfig(Object):
+class SessionAffinityConfig(Object, frozen=True, kw_only=True):
     client_ip: ClientIPConfig | None = msgspec.field(name="clientIP", default=None)
 
 
-class ServiceSpec(Object):
+class ServiceSpec(Object, frozen=True, kw_only=True):
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(name="clusterIP", default="")
     cluster_ips: list[str] = msgspec.field(name="clusterIPs", default=[])
@@ -164,21 +164,21 @@ class ServiceSpec(Object):
     traffic_distribution: str | None = None
 
 
-class LoadBalancerIngress(Object):
+class LoadBalancerIngress(Object, frozen=True, kw_only=True):
     ip: str = ""
     ip_mode: str | None = None
     hostname: str = ""
 
 
-class LoadBalancerStatus(Object):
+class LoadBalancerStatus(Object, frozen=True, kw_only=True):
     ingress: list[LoadBalancerIngress] = []
 
 
-class ServiceStatus(Object):
+class ServiceStatus(Object, frozen=True, kw_only=True):
     load_balancer: LoadBalancerStatus = LoadBalancerStatus()
 
 
-class Service(Resource):
+class Service(Resource, frozen=True, kw_only=True):
     spec: ServiceSpec = ServiceSpec()
     status: ServiceStatus = ServiceStatus()
 
@@ -186,7 +186,7 @@ class Service(Resource):
 # --- discovery.k8s.io/v1 -------------------------------------------------------------------------
 
 
-class EndpointConditions(Object):
+class EndpointConditions(Object, frozen=True, kw_only=True):
     """`None` means unset: ready and serving then count as true, terminating as false."""
 
     ready: bool | None = None
@@ -194,22 +194,22 @@ class EndpointConditions(Object):
     terminating: bool | None = None
 
 
-class Hint(Object):
+class Hint(Object, frozen=True, kw_only=True):
     name: str = ""
 
 
-class EndpointHints(Object):
+class EndpointHints(Object, frozen=True, kw_only=True):
     for_zones: list[Hint] | None = None
     for_nodes: list[Hint] | None = None
 
 
-class TargetRef(Object):
+class TargetRef(Object, frozen=True, kw_only=True):
     kind: str = ""
     name: str = ""
     namespace: str = ""
 
 
-class Endpoint(Object):
+class Endpoint(Object, frozen=True, kw_only=True):
     addresses: list[str] = []
     conditions: EndpointConditions = EndpointConditions()
     node_name: str | None = None
@@ -219,13 +219,13 @@ class Endpoint(Object):
     target_ref: TargetRef | None = None
 
 
-class EndpointPort(Object):
+class EndpointPort(Object, frozen=True, kw_only=True):
     name: str | None = None
     protocol: str | None = None
     port: int | None = None
 
 
-class EndpointSlice(Resource):
+class EndpointSlice(Resource, frozen=True, kw_only=True):
     address_type: str = "IPv4"
     endpoints: list[Endpoint] | None = None
     ports: list[EndpointPort] | None = None
@@ -234,60 +234,60 @@ class EndpointSlice(Resource):
 # --- networking.k8s.io/v1 ------------------------------------------------------------------------
 
 
-class ServiceCIDRSpec(Object):
+class ServiceCIDRSpec(Object, frozen=True, kw_only=True):
     cidrs: list[str] = []
 
 
-class ServiceCIDR(Resource):
+class ServiceCIDR(Resource, frozen=True, kw_only=True):
     spec: ServiceCIDRSpec = ServiceCIDRSpec()
 
 
-class SelectorRequirement(Object):
+class SelectorRequirement(Object, frozen=True, kw_only=True):
     key: str = ""
     operator: str = ""
     values: list[str] | None = None
 
 
-class LabelSelector(Object):
+class LabelSelector(Object, frozen=True, kw_only=True):
     match_labels: dict[str, str] | None = None
     match_expressions: list[SelectorRequirement] | None = None
 
 
-class IPBlock(Object):
+class IPBlock(Object, frozen=True, kw_only=True):
     cidr: str = ""
     except_: list[str] | None = msgspec.field(name="except", default=None)
 
 
-class NetworkPolicyPeer(Object):
+class NetworkPolicyPeer(Object, frozen=True, kw_only=True):
     pod_selector: LabelSelector | None = None
     namespace_selector: LabelSelector | None = None
     ip_block: IPBlock | None = None
 
 
-class NetworkPolicyPort(Object):
+class NetworkPolicyPort(Object, frozen=True, kw_only=True):
     protocol: str | None = None
     port: int | str | None = None
     end_port: int | None = None
 
 
-class NetworkPolicyIngressRule(Object):
+class NetworkPolicyIngressRule(Object, frozen=True, kw_only=True):
     from_: list[NetworkPolicyPeer] | None = msgspec.field(name="from", default=None)
     ports: list[NetworkPolicyPort] | None = None
 
 
-class NetworkPolicyEgressRule(Object):
+class NetworkPolicyEgressRule(Object, frozen=True, kw_only=True):
     to: list[NetworkPolicyPeer] | None = None
     ports: list[NetworkPolicyPort] | None = None
 
 
-class NetworkPolicySpec(Object):
+class NetworkPolicySpec(Object, frozen=True, kw_only=True):
     pod_selector: LabelSelector = LabelSelector()
     policy_types: list[str] | None = None
     ingress: list[NetworkPolicyIngressRule] | None = None
     egress: list[NetworkPolicyEgressRule] | None = None
 
 
-class NetworkPolicy(Resource):
+class NetworkPolicy(Resource, frozen=True, kw_only=True):
     spec: NetworkPolicySpec = NetworkPolicySpec()
 
 
@@ -296,7 +296,7 @@ class NetworkPolicy(Resource):
 Json: TypeAlias = dict[str, Any]
 
 
-class ClusterNetworkPolicySpec(Object):
+class ClusterNetworkPolicySpec(Object, frozen=True, kw_only=True):
     """Rules stay JSON: a peer of a kind that we do not know must be seen, to fail closed."""
 
     tier: str = ""
@@ -306,5 +306,5 @@ class ClusterNetworkPolicySpec(Object):
     egress: list[Json] | None = None
 
 
-class ClusterNetworkPolicy(Resource):
+class ClusterNetworkPolicy(Resource, frozen=True, kw_only=True):
     spec: ClusterNetworkPolicySpec = ClusterNetworkPolicySpec()

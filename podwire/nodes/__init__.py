@@ -1,1 +1,1 @@
-"""Node objects in, an immutable RouteTable (direct routes or VXLAN, masquerade ranges) out. Pure."""
+"""Node objects in, an immutable RouteTable (routes or VXLAN, masquerade ranges) out. Pure."""
