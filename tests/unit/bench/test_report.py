@@ -1,0 +1,29 @@
+import json
+
+from bench.report import Report, summary
+
+
+def test_summary_takes_the_nearest_rank():
+    assert summary(range(1, 101)) == {"p50": 50.5, "p99": 99, "min": 1, "max": 100, "n": 100}
+    assert summary([3]) == {"p50": 3, "p99": 3, "min": 3, "max": 3, "n": 1}
+
+
+def test_goals_decide_the_exit_status(tmp_path, capsys):
+    report = Report("x", "X beside Y", tmp_path)
+    report.row("fast", [1, 2, 3], "ms", peer=[10, 10], ratio_at_most=0.5)
+    report.row("plain", [1234], "s")
+    assert report.finish() == 0
+    assert "0.20 ×" in (out := capsys.readouterr().out)
+    assert "≤ 0.5 ×" in out
+    assert "MET" in out
+    report.row("slow", [3], "s", at_most=2)
+    assert report.finish() == 1
+    assert "MISSED" in capsys.readouterr().out
+    document = json.loads((tmp_path / "x.json").read_text())
+    assert [row.get("met") for row in document["rows"]] == [True, None, False]
+
+
+def test_throughput_has_a_lower_bound(tmp_path):
+    report = Report("x", "X", tmp_path)
+    report.row("direct", [9], "Gbit/s", peer=[10], ratio_at_least=0.95)
+    assert not report.rows[0]["met"]
