@@ -1,0 +1,155 @@
+"""Probes: each answers one question about the running kernel by trying it, once per process."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import socket
+import struct
+from functools import cache
+from pathlib import Path
+
+from podwire.errors import KernelError
+from podwire.kernel.bpf.links import AttachType
+from podwire.kernel.bpf.maps import Map, MapFlag, MapType
+from podwire.kernel.bpf.programs import Program
+from podwire.kernel.bpf.syscall import Command, attr, bpf, bpf_errno
+
+_SCHED_CLS, _XDP, _NETFILTER, _SYSCALL = 3, 6, 32, 31
+_EXIT_0 = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)  # r0 = 0; exit
+_NO_INTERFACE = 0x7FFFFFFF
+
+
+def missing() -> list[str]:
+    """What the eBPF data path needs and this kernel lacks, in words. Empty: all is there."""
+    wanted = (
+        ("bpf(2) and the classifier program type (CONFIG_BPF_SYSCALL, 4.1)", has_classifier),
+        ("tcx links (CONFIG_NET_XGRESS, 6.6)", has_tcx),
+        ("maps inside maps of different sizes (5.10)", has_inner_map_growth),
+        ("the ring buffer (5.8)", has_ring_buffer),
+        ("test-run programs of type syscall (5.14)", has_syscall_program),
+    )
+    return [name for name, probe in wanted if not probe()]
+
+
+@cache
+def has_classifier() -> bool:
+    return _loads(_SCHED_CLS)
+
+
+@cache
+def has_tcx() -> bool:
+    """tcx links: attaching to an interface that cannot exist tells ENODEV from EINVAL."""
+    return _attach_errno(_SCHED_CLS, AttachType.TCX_INGRESS) == errno.ENODEV
+
+
+@cache
+def has_xdp_link() -> bool:
+    return _attach_errno(_XDP, AttachType.XDP) in (errno.ENODEV, errno.EINVAL) and _loads(_XDP)
+
+
+@cache
+def has_netfilter_link() -> bool:
+    return _loads(_NETFILTER, AttachType.NETFILTER)
+
+
+@cache
+def has_syscall_program() -> bool:
+    return _loads(_SYSCALL, flags=1 << 4)  # BPF_F_SLEEPABLE
+
+
+@cache
+def has_ring_buffer() -> bool:
+    return _creates(MapType.RINGBUF, 0, 0, 4096)
+
+
+@cache
+def has_inner_map_growth() -> bool:
+    return _creates(MapType.ARRAY, 4, 4, 1, MapFlag.INNER_MAP)
+
+
+@cache
+def has_kfunc(name: str) -> bool:
+    """Whether the kernel's BTF names this function (it may still be for other program types)."""
+    btf = Path("/sys/kernel/btf/vmlinux")
+    return btf.exists() and f"\0{name}\0".encode() in btf.read_bytes()
+
+
+@cache
+def has_cgroup2() -> Path | None:
+    """Where cgroup v2 is mounted, or None."""
+    with open("/proc/self/mounts") as file:
+        for line in file:
+            _, target, kind, *_ = line.split()
+            if kind == "cgroup2":
+                return Path(target)
+    return None
+
+
+@cache
+def has_link_kind(kind: str) -> bool:
+    """Whether the kernel can make links of this kind (``geneve``, ``netkit``), without making one.
+
+    The request asks for 5,000 queues, which is refused (EINVAL) after the kind was looked up.
+    """
+    queues = _attribute(31, struct.pack("=I", 5000))  # IFLA_NUM_TX_QUEUES
+    kind_info = _attribute(18, _attribute(1, kind.encode() + b"\0"))  # IFLA_LINKINFO, _KIND
+    body = bytes(16) + queues + kind_info
+    # RTM_NEWLINK with NLM_F_REQUEST | ACK | EXCL | CREATE
+    message = struct.pack("=IHHII", 16 + len(body), 16, 0x605, 1, 0) + body
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+        netlink.send(message)
+        code = -struct.unpack_from("=i", netlink.recv(65536), 16)[0]
+    return code != errno.EOPNOTSUPP
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def _load(type: int, attach_type: int = 0, flags: int = 0) -> tuple[int, int]:
+    code = ctypes.create_string_buffer(_EXIT_0)
+    licence = ctypes.create_string_buffer(b"GPL")
+    request = attr(
+        128,
+        struct.pack(
+            "=IIQQIIQII16sII",
+            *(type, 2, ctypes.addressof(code), ctypes.addressof(licence)),
+            *(0, 0, 0, 0, flags, b"probe", 0, attach_type),
+        ),
+    )
+    return bpf_errno(Command.PROG_LOAD, request)
+
+
+def _loads(type: int, attach_type: int = 0, flags: int = 0) -> bool:
+    fd, code = _load(type, attach_type, flags)
+    if code:
+        return False
+    Program(fd).close()
+    return True
+
+
+def _attach_errno(type: int, where: AttachType) -> int:
+    fd, code = _load(type)
+    if code:
+        return code
+    program = Program(fd)
+    try:
+        bpf(
+            Command.LINK_CREATE,
+            attr(64, struct.pack("=IIII", program.fd, _NO_INTERFACE, where, 0)),
+            "probe",
+        )
+    except KernelError as error:
+        return error.errno
+    finally:
+        program.close()
+    return 0
+
+
+def _creates(type: MapType, key: int, value: int, entries: int, flags: int = 0) -> bool:
+    try:
+        Map.create(type, key, value, entries, flags=flags, name="probe").close()
+    except KernelError:
+        return False
+    return True

@@ -1,0 +1,148 @@
+"""Links: where a program is attached. A link dies with its last descriptor unless it is pinned."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+from podwire.kernel.bpf.programs import Program
+from podwire.kernel.bpf.syscall import Command, attr, bpf
+
+
+class AttachType(IntEnum):
+    """enum bpf_attach_type, with the kernel that brought the link."""
+
+    CONNECT4 = 10  # cgroup links: 5.7
+    CONNECT6 = 11
+    SENDMSG4 = 14
+    SENDMSG6 = 15
+    RECVMSG4 = 19
+    RECVMSG6 = 20
+    ITER = 28  # 5.8
+    GETPEERNAME4 = 29  # 5.8
+    GETPEERNAME6 = 30
+    XDP = 37  # 5.9
+    NETFILTER = 45  # 6.4
+    TCX_INGRESS = 46  # 6.6
+    TCX_EGRESS = 47
+
+
+class LinkInfo(NamedTuple):
+    """`target` is an interface index, a cgroup id, or a netfilter (family, hook) pair as one."""
+
+    type: int
+    id: int
+    program_id: int
+    target: int
+    attach_type: int
+
+
+_LINK_CGROUP, _LINK_ITER, _LINK_XDP, _LINK_NETFILTER, _LINK_TCX = 3, 4, 6, 10, 11
+
+
+class Link:
+    """An attachment, owned by this descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @classmethod
+    def tcx(cls, program: Program, ifindex: int, where: AttachType) -> Link:
+        """Attach behind what is there. The interface is of the caller's network namespace."""
+        return cls._create(program, ifindex, where, f"tcx on interface {ifindex}")
+
+    @classmethod
+    def xdp(cls, program: Program, ifindex: int, *, generic: bool = False) -> Link:
+        """Attach at the driver, or in the stack when `generic` (XDP_FLAGS_SKB_MODE)."""
+        flags = 1 << 1 if generic else 0
+        return cls._create(program, ifindex, AttachType.XDP, f"XDP on interface {ifindex}", flags)
+
+    @classmethod
+    def cgroup(cls, program: Program, path: str, where: AttachType) -> Link:
+        """Attach to a cgroup v2 directory and all below; programs of parents run as well."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return cls._create(program, fd, where, f"{where.name} on cgroup {path}")
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def netfilter(
+        cls, program: Program, family: socket.AddressFamily, hook: int, priority: int
+    ) -> Link:
+        """Attach to a netfilter hook (NF_INET_*) of the caller's network namespace."""
+        extra = struct.pack("=IIiI", family, hook, priority, 0)
+        return cls._create(program, 0, AttachType.NETFILTER, f"netfilter hook {hook}", 0, extra)
+
+    @classmethod
+    def iterator(cls, program: Program) -> Link:
+        """An iterator over the whole kind; `run` walks it."""
+        return cls._create(program, 0, AttachType.ITER, "iterator")
+
+    @classmethod
+    def by_id(cls, id: int) -> Link:
+        return cls(bpf(Command.LINK_FD_BY_ID, attr(12, struct.pack("=I", id)), f"no link {id}"))
+
+    @classmethod
+    def _create(
+        cls,
+        program: Program,
+        target: int,
+        where: AttachType,
+        what: str,
+        flags: int = 0,
+        extra: bytes = b"",
+    ) -> Link:
+        request = attr(64, struct.pack("=IIII", program.fd, target, where, flags) + extra)
+        return cls(bpf(Command.LINK_CREATE, request, f"cannot attach {what}"))
+
+    def update(self, program: Program) -> None:
+        """Replace the program in one step: every packet sees the old one or the new one.
+
+        Netfilter links cannot (EINVAL). Raises KernelError.
+        """
+        bpf(
+            Command.LINK_UPDATE,
+            attr(16, struct.pack("=IIII", self.fd, program.fd, 0, 0)),
+            "cannot replace program",
+        )
+
+    def detach(self) -> None:
+        """Take the program away although others hold the link."""
+        bpf(Command.LINK_DETACH, attr(4, struct.pack("=I", self.fd)), "cannot detach link")
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def run(self) -> bytes:
+        """Walk an iterator link to its end and return what its program wrote."""
+        fd = bpf(Command.ITER_CREATE, attr(8, struct.pack("=II", self.fd, 0)), "iterator")
+        with open(fd, "rb", buffering=0) as file:
+            return file.read()
+
+    @property
+    def info(self) -> LinkInfo:
+        """What is attached where at this moment."""
+        buffer = ctypes.create_string_buffer(64)
+        request = attr(16, struct.pack("=IIQ", self.fd, len(buffer), ctypes.addressof(buffer)))
+        bpf(Command.OBJ_INFO, request, "cannot read link info")
+        type, id, program_id = struct.unpack_from("=III", buffer)
+        target = attach_type = 0
+        if type == _LINK_CGROUP:
+            target, attach_type = struct.unpack_from("=QI", buffer, 16)
+        elif type == _LINK_TCX:
+            target, attach_type = struct.unpack_from("=II", buffer, 16)
+        elif type == _LINK_XDP:
+            target, attach_type = struct.unpack_from("=I", buffer, 16)[0], AttachType.XDP
+        elif type == _LINK_NETFILTER:
+            family, hook = struct.unpack_from("=II", buffer, 16)
+            target, attach_type = family << 8 | hook, AttachType.NETFILTER
+        elif type == _LINK_ITER:
+            attach_type = AttachType.ITER
+        return LinkInfo(type, id, program_id, target, attach_type)
