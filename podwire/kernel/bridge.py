@@ -1,0 +1,116 @@
+"""Bridge ports: their flags and VLANs.
+
+Source: include/uapi/linux/{if_link,if_bridge}.h, net/bridge/br_netlink.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from podwire.kernel.link import IFINFO, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK, Link
+from podwire.kernel.netlink import (
+    NetlinkSocket,
+    Request,
+    attr,
+    attributes,
+    each_attribute,
+    nest,
+    u8,
+    u16,
+    u32,
+)
+
+_AF_BRIDGE = 7
+_PROTINFO, _AF_SPEC, _EXT_MASK = 12, 26, 29
+_BRIDGE_FLAGS, _BRIDGE_VLAN_INFO = 0, 2
+_FLAGS_SELF = 2
+_EXT_VLANS_COMPRESSED = 1 << 2
+_VLAN_INFO = struct.Struct("=HH")  # flags, VLAN id
+_PVID, _UNTAGGED, _RANGE_BEGIN, _RANGE_END = 1 << 1, 1 << 2, 1 << 3, 1 << 4
+
+_HAIRPIN, _LEARNING, _FLOOD, _NEIGH_SUPPRESS, _ISOLATED = 4, 8, 9, 32, 33
+
+
+class PortFlags(NamedTuple):
+    """How a bridge treats a port; the defaults are the kernel's."""
+
+    hairpin: bool = False
+    learning: bool = True
+    unicast_flood: bool = True
+    neigh_suppress: bool = False
+    isolated: bool = False
+
+
+def port_flags(link: Link) -> PortFlags | None:
+    """The flags of a port as `link.dump` reported it; None for what is no bridge port."""
+    if link.port_kind != "bridge":
+        return None
+    found = attributes(link.port_data)
+    kinds = (_HAIRPIN, _LEARNING, _FLOOD, _NEIGH_SUPPRESS, _ISOLATED)
+    return PortFlags(*(found.get(kind, b"\0") != b"\0" for kind in kinds))
+
+
+def set_port_flags(port: int, flags: PortFlags) -> Request:
+    """Set all flags of the port with that link index."""
+    values = (
+        u8(_HAIRPIN, flags.hairpin),
+        u8(_LEARNING, flags.learning),
+        u8(_FLOOD, flags.unicast_flood),
+        u8(_NEIGH_SUPPRESS, flags.neigh_suppress),
+        u8(_ISOLATED, flags.isolated),
+    )
+    body = IFINFO.pack(_AF_BRIDGE, 0, port, 0, 0) + nest(_PROTINFO, *values)
+    return Request(RTM_SETLINK, 0, body, f"set the flags of bridge port {port}")
+
+
+class PortVlan(NamedTuple):
+    """VLANs `first` to `last` (inclusive) on a port."""
+
+    first: int
+    last: int
+    pvid: bool = False
+    untagged: bool = False
+
+
+def add_vlan(port: int, vlan: PortVlan, *, on_bridge: bool = False) -> Request:
+    """Make the port a member; `on_bridge`: `port` is the bridge itself."""
+    body = _vlan_body(port, vlan, on_bridge)
+    return Request(RTM_SETLINK, 0, body, f"add VLANs {vlan.first}-{vlan.last} to port {port}")
+
+
+def delete_vlan(port: int, vlan: PortVlan, *, on_bridge: bool = False) -> Request:
+    body = _vlan_body(port, vlan, on_bridge)
+    return Request(RTM_DELLINK, 0, body, f"take VLANs {vlan.first}-{vlan.last} from port {port}")
+
+
+def _vlan_body(port: int, vlan: PortVlan, on_bridge: bool) -> bytes:
+    flags = (_PVID if vlan.pvid else 0) | (_UNTAGGED if vlan.untagged else 0)
+    spans: Iterable[tuple[int, int]] = ((flags, vlan.first),)
+    if vlan.first != vlan.last:
+        spans = ((flags | _RANGE_BEGIN, vlan.first), (flags | _RANGE_END, vlan.last))
+    spec = [attr(_BRIDGE_VLAN_INFO, _VLAN_INFO.pack(*span)) for span in spans]
+    if on_bridge:
+        spec.append(u16(_BRIDGE_FLAGS, _FLAGS_SELF))
+    return IFINFO.pack(_AF_BRIDGE, 0, port, 0, 0) + nest(_AF_SPEC, *spec)
+
+
+def dump_vlans(sock: NetlinkSocket) -> dict[int, list[PortVlan]]:
+    """The VLANs of every bridge and port, by link index."""
+    request = IFINFO.pack(_AF_BRIDGE, 0, 0, 0, 0) + u32(_EXT_MASK, _EXT_VLANS_COMPRESSED)
+    found: dict[int, list[PortVlan]] = {}
+    for body in sock.dump(RTM_GETLINK, request, "bridge VLANs"):
+        index = IFINFO.unpack_from(body)[2]
+        vlans = found.setdefault(index, [])
+        first = 0
+        for kind, payload in each_attribute(attributes(body, IFINFO.size).get(_AF_SPEC, b"")):
+            if kind != _BRIDGE_VLAN_INFO:
+                continue
+            flags, vlan = _VLAN_INFO.unpack(payload)
+            if flags & _RANGE_BEGIN:
+                first = vlan
+                continue
+            begin = first if flags & _RANGE_END else vlan
+            vlans.append(PortVlan(begin, vlan, bool(flags & _PVID), bool(flags & _UNTAGGED)))
+    return found

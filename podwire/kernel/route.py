@@ -1,0 +1,259 @@
+"""Routes. rtnetlink messages RTM_{NEW,DEL,GET}ROUTE.
+
+A `Route` is a value that compares equal to what the kernel reports after `add`, so the difference
+between what should be and what is, is a difference of sets. `direct` and `via` fill in what the
+kernel would: scope link for IPv4 without a gateway, metric 1024 for IPv6.
+
+Source: rtnetlink(7); include/uapi/linux/rtnetlink.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from typing import NamedTuple
+
+from podwire.errors import KernelError
+from podwire.kernel.netlink import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    NetlinkSocket,
+    Request,
+    attr,
+    attributes,
+    nest,
+    number,
+    u32,
+)
+from podwire.net import Address, Prefix, format_address
+
+_RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
+# rtmsg: family, destination and source length, TOS, table, protocol, scope, type, flags
+_RTMSG = struct.Struct("=BBBBBBBBI")
+_NEXTHOP = struct.Struct("=HBBi")  # rtnexthop: length, flags, hops, link index
+_DST, _SRC, _IIF, _OIF, _GATEWAY, _PRIORITY, _PREFSRC = 1, 2, 3, 4, 5, 6, 7
+_METRICS, _MULTIPATH, _TABLE, _MARK, _VIA = 8, 9, 15, 16, 18
+_METRIC_MTU, _METRIC_ADVMSS = 2, 8
+_ONLINK = 4
+
+TABLE_MAIN, TABLE_LOCAL = 254, 255
+SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_HOST = 0, 253, 254
+PROTOCOL_KERNEL, PROTOCOL_BOOT, PROTOCOL_STATIC = 2, 3, 4
+
+UNICAST, LOCAL, BROADCAST, MULTICAST = 1, 2, 3, 5
+BLACKHOLE, UNREACHABLE, PROHIBIT, THROW = 6, 7, 8, 9
+
+_UNSPECIFIED = {socket.AF_INET: bytes(4), socket.AF_INET6: bytes(16)}
+
+
+class NextHop(NamedTuple):
+    """One way of a multipath route. `weight` counts from 1."""
+
+    gateway: Address
+    link: int
+    weight: int
+
+
+class Route(NamedTuple):
+    """`link` is the index of the outgoing link; `metric`, `mtu`, `advmss` 0 mean unset.
+
+    `gateway` may be of the other family than `prefix`. Multipath routes are read, not made.
+    """
+
+    prefix: Prefix
+    link: int = 0
+    gateway: Address = b""
+    table: int = TABLE_MAIN
+    metric: int = 0
+    scope: int = SCOPE_UNIVERSE
+    protocol: int = PROTOCOL_BOOT
+    kind: int = UNICAST
+    source: Address = b""
+    onlink: bool = False
+    mtu: int = 0
+    advmss: int = 0
+    nexthops: tuple[NextHop, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.prefix} table {self.table}"
+        if self.gateway:
+            text += f" via {format_address(self.gateway)}"
+        return f"{text} on link {self.link}" if self.link else text
+
+
+def direct(
+    prefix: Prefix,
+    link: int,
+    *,
+    table: int = TABLE_MAIN,
+    metric: int = 0,
+    protocol: int = PROTOCOL_BOOT,
+    source: Address = b"",
+    mtu: int = 0,
+) -> Route:
+    """A route to what is on the link itself."""
+    ipv4 = prefix.bits == 32
+    return Route(
+        prefix,
+        link,
+        table=table,
+        metric=metric or (0 if ipv4 else 1024),
+        scope=SCOPE_LINK if ipv4 else SCOPE_UNIVERSE,
+        protocol=protocol,
+        source=source,
+        mtu=mtu,
+    )
+
+
+def via(
+    prefix: Prefix,
+    gateway: Address,
+    link: int,
+    *,
+    onlink: bool = False,
+    table: int = TABLE_MAIN,
+    metric: int = 0,
+    protocol: int = PROTOCOL_BOOT,
+    source: Address = b"",
+    mtu: int = 0,
+    advmss: int = 0,
+) -> Route:
+    """A route through a gateway; `onlink`: the gateway is on the link although no route says so."""
+    return Route(
+        prefix,
+        link,
+        gateway,
+        table=table,
+        metric=metric or (0 if prefix.bits == 32 else 1024),
+        protocol=protocol,
+        source=source,
+        onlink=onlink,
+        mtu=mtu,
+        advmss=advmss,
+    )
+
+
+def add(route: Route, *, replace: bool = False) -> Request:
+    """Add; an equal destination, table and metric is EEXIST unless it may be replaced."""
+    flags = NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL)
+    return Request(_RTM_NEWROUTE, flags, _encode(route), f"add the route {route}")
+
+
+def delete(route: Route) -> Request:
+    """Delete; ESRCH when there is none."""
+    return Request(_RTM_DELROUTE, 0, _encode(route), f"delete the route {route}")
+
+
+def dump(
+    sock: NetlinkSocket, *, family: int = 0, table: int = 0, protocol: int = 0, link: int = 0
+) -> list[Route]:
+    """Routes of every table, filtered in the kernel by whatever is given."""
+    families = (family,) if family else (socket.AF_INET, socket.AF_INET6)
+    found: list[Route] = []
+    for each in families:
+        body = _RTMSG.pack(each, 0, 0, 0, 0, protocol, 0, 0, 0)
+        if table:
+            body += u32(_TABLE, table)
+        if link:
+            body += u32(_OIF, link)
+        try:
+            bodies = sock.dump(_RTM_GETROUTE, body, "routes")
+        except KernelError as error:
+            if table and error.errno == errno.ENOENT:  # a table that nobody has used yet
+                continue
+            raise
+        found += [parse(reply) for reply in bodies]
+    return found
+
+
+def resolve(
+    destination: Address, *, source: Address = b"", mark: int = 0, input_link: int = 0
+) -> Request:
+    """Ask which route a packet would take; the answer is for `parse` (ENETUNREACH: none)."""
+    family = socket.AF_INET if len(destination) == 4 else socket.AF_INET6
+    bits = len(destination) * 8
+    body = _RTMSG.pack(family, bits, bits if source else 0, 0, 0, 0, 0, 0, 0)
+    body += attr(_DST, destination)
+    if source:
+        body += attr(_SRC, source)
+    if input_link:
+        body += u32(_IIF, input_link)
+    if mark:
+        body += u32(_MARK, mark)
+    return Request(_RTM_GETROUTE, 0, body, f"find the route to {format_address(destination)}")
+
+
+def parse(body: bytes) -> Route:
+    """A route from the body of RTM_NEWROUTE."""
+    family, length, _, _, table, protocol, scope, kind, flags = _RTMSG.unpack_from(body)
+    found = attributes(body, 12)
+    get = found.get
+    mtu = advmss = 0
+    nexthops: tuple[NextHop, ...] = ()
+    if _METRICS in found:
+        metrics = attributes(found[_METRICS])
+        mtu = number(metrics.get(_METRIC_MTU, b""))
+        advmss = number(metrics.get(_METRIC_ADVMSS, b""))
+    if _MULTIPATH in found:
+        nexthops = tuple(_parse_nexthops(found[_MULTIPATH]))
+    return Route(
+        Prefix(get(_DST) or _UNSPECIFIED[family], length),
+        number(get(_OIF, b"")),
+        get(_GATEWAY) or get(_VIA, b"")[2:],
+        number(found[_TABLE]) if _TABLE in found else table,
+        number(get(_PRIORITY, b"")),
+        scope,
+        protocol,
+        kind,
+        get(_PREFSRC, b""),
+        bool(flags & _ONLINK),
+        mtu,
+        advmss,
+        nexthops,
+    )
+
+
+def _parse_nexthops(data: bytes) -> list[NextHop]:
+    nexthops: list[NextHop] = []
+    offset = 0
+    while offset + 8 <= len(data):
+        length, _, hops, link = _NEXTHOP.unpack_from(data, offset)
+        found = attributes(data[offset + 8 : offset + length])
+        gateway = found.get(_GATEWAY) or found.get(_VIA, b"")[2:]
+        nexthops.append(NextHop(gateway, link, hops + 1))
+        offset += max(8, (length + 3) & ~3)
+    return nexthops
+
+
+def _encode(route: Route) -> bytes:
+    prefix = route.prefix
+    family = socket.AF_INET if len(prefix.address) == 4 else socket.AF_INET6
+    flags = _ONLINK if route.onlink else 0
+    table = route.table if route.table < 256 else 0
+    parts = [
+        _RTMSG.pack(
+            family, prefix.length, 0, 0, table, route.protocol, route.scope, route.kind, flags
+        )
+    ]
+    if table == 0:
+        parts.append(u32(_TABLE, route.table))
+    if prefix.length:
+        parts.append(attr(_DST, prefix.address))
+    if route.gateway:
+        if len(route.gateway) == len(prefix.address):
+            parts.append(attr(_GATEWAY, route.gateway))
+        else:
+            gateway_family = socket.AF_INET if len(route.gateway) == 4 else socket.AF_INET6
+            parts.append(attr(_VIA, struct.pack("=H", gateway_family) + route.gateway))
+    if route.link:
+        parts.append(u32(_OIF, route.link))
+    if route.metric:
+        parts.append(u32(_PRIORITY, route.metric))
+    if route.source:
+        parts.append(attr(_PREFSRC, route.source))
+    if route.mtu or route.advmss:
+        pairs = ((_METRIC_MTU, route.mtu), (_METRIC_ADVMSS, route.advmss))
+        parts.append(nest(_METRICS, *(u32(kind, value) for kind, value in pairs if value)))
+    return b"".join(parts)
