@@ -60,6 +60,11 @@ def inode(fd: int) -> int:
     return os.fstat(fd).st_ino
 
 
+def enter(fd: int) -> None:
+    """Move the calling thread into the namespace for good (the first thing of a worker thread)."""
+    _check(_libc.setns(fd, _CLONE_NEWNET), "enter the network namespace")
+
+
 @contextlib.contextmanager
 def entered(fd: int | None) -> Generator[None]:
     """Move the calling thread into the namespace for a while; `None` stays where it is.

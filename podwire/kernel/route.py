@@ -59,7 +59,8 @@ class NextHop(NamedTuple):
 class Route(NamedTuple):
     """`link` is the index of the outgoing link; `metric`, `mtu`, `advmss` 0 mean unset.
 
-    `gateway` may be of the other family than `prefix`. Multipath routes are read, not made.
+    `gateway` may be of the other family than `prefix`. A multipath route has `nexthops` and
+    neither link nor gateway of its own.
     """
 
     prefix: Prefix
@@ -227,6 +228,12 @@ def _parse_nexthops(data: bytes) -> list[NextHop]:
     return nexthops
 
 
+def _encode_nexthop(nexthop: NextHop) -> bytes:
+    gateway = attr(_GATEWAY, nexthop.gateway)
+    size = _NEXTHOP.size + len(gateway)
+    return _NEXTHOP.pack(size, 0, nexthop.weight - 1, nexthop.link) + gateway
+
+
 def _encode(route: Route) -> bytes:
     prefix = route.prefix
     family = socket.AF_INET if len(prefix.address) == 4 else socket.AF_INET6
@@ -247,6 +254,8 @@ def _encode(route: Route) -> bytes:
         else:
             gateway_family = socket.AF_INET if len(route.gateway) == 4 else socket.AF_INET6
             parts.append(attr(_VIA, struct.pack("=H", gateway_family) + route.gateway))
+    if route.nexthops:
+        parts.append(attr(_MULTIPATH, b"".join(map(_encode_nexthop, route.nexthops))))
     if route.link:
         parts.append(u32(_OIF, route.link))
     if route.metric:
