@@ -21,7 +21,7 @@ from podwire.kernel.netlink import (
 )
 from podwire.net import Address, format_address
 
-_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _ADDRESS, _LOCAL, _BROADCAST, _FLAGS = 1, 2, 4, 8
 
@@ -56,17 +56,17 @@ def add(address: InterfaceAddress) -> Request:
     if len(address.address) == 4 and host_bits >= 2:
         last = int.from_bytes(address.address, "big") | ((1 << host_bits) - 1)
         body += attr(_BROADCAST, last.to_bytes(4, "big"))
-    return Request(_RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, f"add {_say(address)}")
+    return Request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, f"add {_say(address)}")
 
 
 def delete(address: InterfaceAddress) -> Request:
-    return Request(_RTM_DELADDR, 0, _body(address), f"delete {_say(address)}")
+    return Request(RTM_DELADDR, 0, _body(address), f"delete {_say(address)}")
 
 
 def dump(sock: NetlinkSocket, *, link: int = 0, family: int = 0) -> list[InterfaceAddress]:
     """All addresses, or those of one link, or of one family (socket.AF_INET, AF_INET6)."""
     body = _IFADDR.pack(family, 0, 0, 0, link)
-    return [parse(reply) for reply in sock.dump(_RTM_GETADDR, body, "addresses")]
+    return [parse(reply) for reply in sock.dump(RTM_GETADDR, body, "addresses")]
 
 
 def parse(body: bytes) -> InterfaceAddress:

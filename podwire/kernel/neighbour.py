@@ -25,7 +25,7 @@ from podwire.kernel.netlink import (
 )
 from podwire.net import Address, format_address
 
-_RTM_NEWNEIGH, _RTM_DELNEIGH, _RTM_GETNEIGH = 28, 29, 30
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 _NDMSG = struct.Struct("=B3xiHBB")  # family, link index, state, flags, type
 _AF_BRIDGE = 7
 _DST, _LLADDR, _IFINDEX, _PROTOCOL = 1, 2, 8, 12
@@ -67,7 +67,7 @@ class Forward(NamedTuple):
 def add(neighbour: Neighbour) -> Request:
     """Add or replace."""
     return Request(
-        _RTM_NEWNEIGH,
+        RTM_NEWNEIGH,
         NLM_F_CREATE | NLM_F_REPLACE,
         _encode(neighbour),
         f"add the neighbour {neighbour}",
@@ -76,13 +76,13 @@ def add(neighbour: Neighbour) -> Request:
 
 def delete(neighbour: Neighbour) -> Request:
     """Delete; ENOENT when there is none."""
-    return Request(_RTM_DELNEIGH, 0, _encode(neighbour), f"delete the neighbour {neighbour}")
+    return Request(RTM_DELNEIGH, 0, _encode(neighbour), f"delete the neighbour {neighbour}")
 
 
 def add_forward(forward: Forward) -> Request:
     """Add or replace."""
     return Request(
-        _RTM_NEWNEIGH,
+        RTM_NEWNEIGH,
         NLM_F_CREATE | NLM_F_REPLACE,
         _encode_forward(forward),
         f"add the forwarding entry {forward}",
@@ -92,7 +92,7 @@ def add_forward(forward: Forward) -> Request:
 def delete_forward(forward: Forward) -> Request:
     """Delete; ENOENT when there is none."""
     body = _encode_forward(forward)
-    return Request(_RTM_DELNEIGH, 0, body, f"delete the forwarding entry {forward}")
+    return Request(RTM_DELNEIGH, 0, body, f"delete the forwarding entry {forward}")
 
 
 def dump(sock: NetlinkSocket, *, link: int = 0, family: int = 0) -> list[Neighbour]:
@@ -101,24 +101,26 @@ def dump(sock: NetlinkSocket, *, link: int = 0, family: int = 0) -> list[Neighbo
     found: list[Neighbour] = []
     for each in families:
         body = _NDMSG.pack(each, 0, 0, 0, 0) + (u32(_IFINDEX, link) if link else b"")
-        found += [_parse(reply) for reply in sock.dump(_RTM_GETNEIGH, body, "neighbours")]
+        found += [parse(reply) for reply in sock.dump(RTM_GETNEIGH, body, "neighbours")]
     return found
 
 
 def dump_forwards(sock: NetlinkSocket, *, link: int = 0) -> list[Forward]:
     """All forwarding entries, or those of one link."""
     body = _NDMSG.pack(_AF_BRIDGE, 0, 0, 0, 0) + (u32(_IFINDEX, link) if link else b"")
-    replies = sock.dump(_RTM_GETNEIGH, body, "forwarding entries")
-    return [_parse_forward(reply) for reply in replies]
+    replies = sock.dump(RTM_GETNEIGH, body, "forwarding entries")
+    return [parse_forward(reply) for reply in replies]
 
 
-def _parse(body: bytes) -> Neighbour:
+def parse(body: bytes) -> Neighbour:
+    """A neighbour from the body of RTM_NEWNEIGH."""
     _, link, state, _, _ = _NDMSG.unpack_from(body)
     get = attributes(body, 12).get
     return Neighbour(link, get(_DST, b""), get(_LLADDR, b""), state, number(get(_PROTOCOL, b"")))
 
 
-def _parse_forward(body: bytes) -> Forward:
+def parse_forward(body: bytes) -> Forward:
+    """A forwarding entry from the body of RTM_NEWNEIGH of family AF_BRIDGE."""
     _, link, state, flags, _ = _NDMSG.unpack_from(body)
     get = attributes(body, 12).get
     on_bridge = not flags & _NTF_SELF

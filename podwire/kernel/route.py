@@ -29,7 +29,7 @@ from podwire.kernel.netlink import (
 )
 from podwire.net import Address, Prefix, format_address
 
-_RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 # rtmsg: family, destination and source length, TOS, table, protocol, scope, type, flags
 _RTMSG = struct.Struct("=BBBBBBBBI")
 _NEXTHOP = struct.Struct("=HBBi")  # rtnexthop: length, flags, hops, link index
@@ -139,12 +139,12 @@ def via(
 def add(route: Route, *, replace: bool = False) -> Request:
     """Add; an equal destination, table and metric is EEXIST unless it may be replaced."""
     flags = NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL)
-    return Request(_RTM_NEWROUTE, flags, _encode(route), f"add the route {route}")
+    return Request(RTM_NEWROUTE, flags, _encode(route), f"add the route {route}")
 
 
 def delete(route: Route) -> Request:
     """Delete; ESRCH when there is none."""
-    return Request(_RTM_DELROUTE, 0, _encode(route), f"delete the route {route}")
+    return Request(RTM_DELROUTE, 0, _encode(route), f"delete the route {route}")
 
 
 def dump(
@@ -160,7 +160,7 @@ def dump(
         if link:
             body += u32(_OIF, link)
         try:
-            bodies = sock.dump(_RTM_GETROUTE, body, "routes")
+            bodies = sock.dump(RTM_GETROUTE, body, "routes")
         except KernelError as error:
             if table and error.errno == errno.ENOENT:  # a table that nobody has used yet
                 continue
@@ -183,7 +183,7 @@ def resolve(
         body += u32(_IIF, input_link)
     if mark:
         body += u32(_MARK, mark)
-    return Request(_RTM_GETROUTE, 0, body, f"find the route to {format_address(destination)}")
+    return Request(RTM_GETROUTE, 0, body, f"find the route to {format_address(destination)}")
 
 
 def parse(body: bytes) -> Route:

@@ -24,7 +24,7 @@ from podwire.kernel.netlink import (
 )
 from podwire.net import Prefix
 
-_RTM_NEWRULE, _RTM_DELRULE, _RTM_GETRULE = 32, 33, 34
+RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 # fib_rule_hdr: family, destination and source length, TOS, table, action, flags
 _HEADER = struct.Struct("=BBBBB2xBI")
 _DST, _SRC, _IIFNAME, _PRIORITY, _FWMARK = 1, 2, 3, 6, 10
@@ -78,12 +78,12 @@ def _any(prefix: Prefix) -> Prefix:
 
 def add(rule: Rule) -> Request:
     """Add; EEXIST when an equal one is there."""
-    return Request(_RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, _encode(rule), f"add the rule {rule}")
+    return Request(RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, _encode(rule), f"add the rule {rule}")
 
 
 def delete(rule: Rule) -> Request:
     """Delete the first rule with these conditions; ENOENT when there is none."""
-    return Request(_RTM_DELRULE, 0, _encode(rule), f"delete the rule {rule}")
+    return Request(RTM_DELRULE, 0, _encode(rule), f"delete the rule {rule}")
 
 
 def dump(sock: NetlinkSocket, family: int = 0) -> list[Rule]:
@@ -92,7 +92,7 @@ def dump(sock: NetlinkSocket, family: int = 0) -> list[Rule]:
     found: list[Rule] = []
     for each in families:
         body = _HEADER.pack(each, 0, 0, 0, 0, 0, 0)
-        found += [parse(reply) for reply in sock.dump(_RTM_GETRULE, body, "rules")]
+        found += [parse(reply) for reply in sock.dump(RTM_GETRULE, body, "rules")]
     return found
 
 

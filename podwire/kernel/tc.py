@@ -28,8 +28,8 @@ from podwire.kernel.netlink import (
     u64,
 )
 
-_RTM_NEWQDISC, _RTM_DELQDISC, _RTM_GETQDISC = 36, 37, 38
-_RTM_NEWTFILTER, _RTM_GETTFILTER = 44, 46
+RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
+RTM_NEWTFILTER, RTM_GETTFILTER = 44, 46
 _TCMSG = struct.Struct("=B3xiIII")  # family, link index, handle, parent, info
 _RATESPEC = struct.Struct("=BBHhHI")  # cell log, link layer, overhead, cell align, mpu, rate
 _KIND, _OPTIONS = 1, 2
@@ -68,20 +68,20 @@ def add_token_bucket(link: int, rate_bytes_s: int, burst_bytes: int) -> Request:
         options.append(u64(_TBF_RATE64, rate_bytes_s))
     body = _TCMSG.pack(0, link, 0x10000, ROOT, 0) + text(_KIND, "tbf") + nest(_OPTIONS, *options)
     what = f"limit link {link} to {rate_bytes_s} bytes/s"
-    return Request(_RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, body, what)
+    return Request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, body, what)
 
 
 def add_ingress(link: int) -> Request:
     """Give the link a place for filters on what comes in; EEXIST when it has one."""
     body = _TCMSG.pack(0, link, _INGRESS_HANDLE, INGRESS, 0) + text(_KIND, "ingress")
     return Request(
-        _RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, body, f"add an ingress qdisc to link {link}"
+        RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, body, f"add an ingress qdisc to link {link}"
     )
 
 
 def delete_qdisc(qdisc: Qdisc) -> Request:
     body = _TCMSG.pack(0, qdisc.link, qdisc.handle, qdisc.parent, 0)
-    return Request(_RTM_DELQDISC, 0, body, f"delete the {qdisc.kind} qdisc of link {qdisc.link}")
+    return Request(RTM_DELQDISC, 0, body, f"delete the {qdisc.kind} qdisc of link {qdisc.link}")
 
 
 def redirect_ingress(link: int, target: int) -> Request:
@@ -99,13 +99,13 @@ def redirect_ingress(link: int, target: int) -> Request:
     info = 1 << 16 | socket.htons(_ETH_P_ALL)  # priority 1
     body = _TCMSG.pack(0, link, 0, _INGRESS_HANDLE, info) + text(_KIND, "u32") + options
     what = f"redirect what comes in on link {link} to link {target}"
-    return Request(_RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, body, what)
+    return Request(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, body, what)
 
 
 def dump(sock: NetlinkSocket, link: int) -> list[Qdisc]:
     """The qdiscs of a link."""
     body = _TCMSG.pack(0, link, 0, 0, 0)
-    qdiscs = map(_parse, sock.dump(_RTM_GETQDISC, body, "qdiscs"))
+    qdiscs = map(_parse, sock.dump(RTM_GETQDISC, body, "qdiscs"))
     return [qdisc for qdisc in qdiscs if qdisc.link == link]
 
 
@@ -113,7 +113,7 @@ def redirections(sock: NetlinkSocket, link: int) -> list[int]:
     """The links that what comes in on `link` is redirected to."""
     body = _TCMSG.pack(0, link, 0, _INGRESS_HANDLE, 0)
     found: list[int] = []
-    for reply in sock.dump(_RTM_GETTFILTER, body, "filters"):
+    for reply in sock.dump(RTM_GETTFILTER, body, "filters"):
         options = attributes(attributes(reply, _TCMSG.size).get(_OPTIONS, b""))
         for action in attributes(options.get(_U32_ACT, b"")).values():
             parms = attributes(attributes(action).get(_ACT_OPTIONS, b"")).get(_MIRRED_PARMS)

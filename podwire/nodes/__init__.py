@@ -1,1 +1,6 @@
 """Node objects in, an immutable RouteTable (routes or VXLAN, masquerade ranges) out. Pure."""
+
+from podwire.nodes.compiler import RouteCompiler
+from podwire.nodes.table import Neighbour, NodeRoute, RouteTable, Tunnel, Way
+
+__all__ = ["Neighbour", "NodeRoute", "RouteCompiler", "RouteTable", "Tunnel", "Way"]

@@ -1,0 +1,247 @@
+"""Routes between nodes: real nodes in namespaces, real packets, and somebody who interferes."""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from podwire.kernel import address, link, neighbour, netns, route
+from podwire.kernel.address import InterfaceAddress
+from podwire.kernel.link import End
+from podwire.kernel.monitor import Group, Monitor
+from podwire.kernel.netlink import NetlinkSocket
+from podwire.kube.objects import Metadata, Node, NodeAddress, NodeSpec, NodeStatus
+from podwire.kube.store import Store
+from podwire.net import parse_address, parse_prefix
+from podwire.nodes import RouteCompiler
+from podwire.nodes.table import Routing
+from podwire.wiring.routes import DEVICE, NodeRoutes
+from tests.conftest import present
+
+A, P = parse_address, parse_prefix
+NAMES = ("n1", "n2", "n3")
+UNDERLAY_MTU = 1600
+
+
+@dataclass
+class Member:
+    """A node: its namespace, with an underlay link and a link that holds a pod's address."""
+
+    name: str
+    number: int
+    fd: int
+    sock: NetlinkSocket
+    routes: NodeRoutes
+    compiler: RouteCompiler
+
+    def pod(self, family: int) -> str:
+        return f"10.244.{self.number}.9" if family == 4 else f"fd10:0:0:{self.number}::9"
+
+
+class Cluster:
+    """Three nodes on one underlay, dual stack."""
+
+    def __init__(self, routing: Routing, make_netns: Callable[[], int]) -> None:
+        self.routing = routing
+        self.store = Store()
+        switch = make_netns()
+        self.members: list[Member] = []
+        with NetlinkSocket(netns_fd=switch) as middle:
+            middle.run(link.add_bridge(End("br0", mtu=UNDERLAY_MTU), up=True))
+            bridge = present(middle, "br0").index
+            for number, name in enumerate(NAMES, 1):
+                member = self._member(name, number, make_netns(), routing)
+                self.members.append(member)
+                middle.run(
+                    link.add_veth(
+                        End(name, mtu=UNDERLAY_MTU),
+                        End("eth0", member.fd, mtu=UNDERLAY_MTU),
+                        up=True,
+                        master=bridge,
+                    )
+                )
+                self._underlay(member)
+
+    def _member(self, name: str, number: int, fd: int, routing: Routing) -> Member:
+        sock = NetlinkSocket(netns_fd=fd)
+        return Member(name, number, fd, sock, NodeRoutes(fd), RouteCompiler(name, routing))
+
+    def _underlay(self, member: Member) -> None:
+        sock, n = member.sock, member.number
+        sock.run(link.change("eth0", up=True), link.add_bridge(End("pods"), up=True))
+        eth0, pods = present(sock, "eth0").index, present(sock, "pods").index
+        sock.run(
+            address.add(InterfaceAddress(eth0, A(f"192.168.7.{n}"), 24)),
+            address.add(InterfaceAddress(eth0, A(f"fd07::{n}"), 64)),
+            address.add(InterfaceAddress(pods, A(member.pod(4)), 24)),
+            address.add(InterfaceAddress(pods, A(member.pod(6)), 64)),
+        )
+
+    def put(self, *numbers: int, host: str = "") -> None:
+        for n in numbers:
+            addresses = (f"192.168.7.{host or n}", f"fd07::{host or n}")
+            self.store.put(
+                Node(
+                    metadata=Metadata(name=f"n{n}"),
+                    spec=NodeSpec(pod_cidrs=[f"10.244.{n}.0/24", f"fd10:0:0:{n}::/64"]),
+                    status=NodeStatus(
+                        addresses=[NodeAddress(type="InternalIP", address=a) for a in addresses]
+                    ),
+                )
+            )
+
+    def apply(self) -> None:
+        changes = self.store.take()
+        for member in self.members:
+            member.routes.apply(member.compiler.update(changes))
+
+    def close(self) -> None:
+        for member in self.members:
+            member.routes.close()
+            member.sock.close()
+
+
+@pytest.fixture(params=["direct", "vxlan"])
+def cluster(request: pytest.FixtureRequest, make_netns: Callable[[], int]) -> Iterator[Cluster]:
+    made = Cluster(request.param, make_netns)
+    made.put(1, 2, 3)
+    made.apply()
+    yield made
+    made.close()
+
+
+def exchange(client: Member, server: Member, family: int, *, size: int = 8, tries: int = 40) -> str:
+    """Send a datagram from pod to pod; return the source the receiver saw ("" if it got none)."""
+    domain = socket.AF_INET if family == 4 else socket.AF_INET6
+    with (
+        netns.socket(server.fd, domain, socket.SOCK_DGRAM) as receiver,
+        netns.socket(client.fd, domain, socket.SOCK_DGRAM) as sender,
+    ):
+        receiver.bind((server.pod(family), 7000))
+        sender.bind((client.pod(family), 0))
+        for _ in range(tries):
+            try:
+                sender.sendto(bytes(size), (server.pod(family), 7000))
+            except OSError:
+                return ""
+            if select.select([receiver], [], [], 0.1)[0]:
+                return receiver.recvfrom(size)[1][0]
+    return ""
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_pods_of_all_nodes_reach_each_other(cluster: Cluster, family: int) -> None:
+    for client in cluster.members:
+        for server in cluster.members:
+            assert exchange(client, server, family) == client.pod(family)
+    assert [member.routes.status()["problems"] for member in cluster.members] == [{}, {}, {}]
+
+
+def test_the_same_table_again_changes_nothing(cluster: Cluster) -> None:
+    assert [member.routes.verify() for member in cluster.members] == [[], [], []]
+
+
+def test_what_somebody_deleted_comes_back(cluster: Cluster) -> None:
+    one, two, _ = cluster.members
+    monitor = Monitor([Group.LINK, Group.NEIGHBOUR, Group.IPV4_ROUTE, Group.IPV6_ROUTE], one.fd)
+    foreign = route.direct(P("198.51.100.0/24"), present(one.sock, "pods").index)
+    one.sock.run(route.add(foreign))
+    assert not [event for event in monitor.drain() if one.routes.concerns(event)]
+    gone = route.dump(one.sock, protocol=80)[0]
+    one.sock.run(route.delete(gone))
+    assert any(one.routes.concerns(event) for event in monitor.drain())
+    (repair,) = one.routes.verify()
+    assert str(gone.prefix) in repair
+
+    if cluster.routing == "vxlan":
+        one.sock.run(link.delete(DEVICE))
+        assert any(one.routes.concerns(event) for event in monitor.drain())
+        assert one.routes.verify()
+    monitor.close()
+    assert exchange(one, two, 4) == one.pod(4)
+    assert foreign in route.dump(one.sock)
+
+
+def test_a_route_of_somebody_else_stays(cluster: Cluster) -> None:
+    one = cluster.members[0]
+    cluster.store.remove(Node, ("", "n2"))
+    cluster.apply()
+    assert exchange(one, cluster.members[1], 4, tries=2) == ""
+    foreign = route.direct(P("10.244.2.0/24"), present(one.sock, "pods").index)
+    one.sock.run(route.add(foreign))
+    cluster.put(2)
+    cluster.apply()
+    assert foreign in route.dump(one.sock)
+    (problem,) = one.routes.status()["problems"].values()  # type: ignore[attr-defined]
+    assert "10.244.2.0/24" in problem
+    assert "not podwire's" in problem
+    one.sock.run(route.delete(foreign))
+    assert len(one.routes.verify()) == 1
+    assert one.routes.status()["problems"] == {}
+
+
+def test_a_node_returns_with_a_new_address(cluster: Cluster) -> None:
+    one, two, _ = cluster.members
+    eth0 = present(two.sock, "eth0").index
+    for entry in address.dump(two.sock, link=eth0):
+        if entry.scope == address.SCOPE_GLOBAL:
+            two.sock.run(address.delete(entry))
+    two.sock.run(
+        address.add(InterfaceAddress(eth0, A("192.168.7.22"), 24)),
+        address.add(InterfaceAddress(eth0, A("fd07::22"), 64)),
+    )
+    assert exchange(one, two, 4, tries=2) == ""
+    cluster.put(2, host="22")
+    cluster.apply()
+    for family in (4, 6):
+        assert exchange(one, two, family) == one.pod(family)
+        assert exchange(two, one, family) == two.pod(family)
+
+
+def test_the_mtu_follows_the_underlay(cluster: Cluster) -> None:
+    one, two, _ = cluster.members
+    overhead = 50 if cluster.routing == "vxlan" else 0
+    assert one.routes.pod_mtu() == UNDERLAY_MTU - overhead
+    assert exchange(one, two, 4, size=UNDERLAY_MTU - overhead - 28)
+    one.sock.run(link.change("eth0", mtu=1400))
+    one.routes.verify()
+    assert one.routes.pod_mtu() == 1400 - overhead
+    if overhead:
+        assert present(one.sock, DEVICE).mtu == 1350
+
+
+def test_cleanup_leaves_only_what_others_made(cluster: Cluster) -> None:
+    one = cluster.members[0]
+    foreign = route.direct(P("198.51.100.0/24"), present(one.sock, "pods").index)
+    one.sock.run(route.add(foreign))
+    one.routes.cleanup()
+    one.routes.cleanup()
+    assert link.find(one.sock, DEVICE) is None
+    assert route.dump(one.sock, protocol=80) == []
+    assert foreign in route.dump(one.sock)
+
+
+def test_switching_to_direct_takes_the_device_away(cluster: Cluster) -> None:
+    one = cluster.members[0]
+    cluster.store.take()
+    compiler = RouteCompiler("n1", "direct")
+    store = Store()
+    for each in cluster.store.all(Node).values():
+        store.put(each)
+    one.routes.apply(compiler.update(store.take()))
+    assert link.find(one.sock, DEVICE) is None
+    assert len(route.dump(one.sock, protocol=80)) == 4
+
+
+def test_neighbours_are_permanent(make_netns: Callable[[], int]) -> None:
+    cluster = Cluster("vxlan", make_netns)
+    cluster.put(1, 2, 3)
+    cluster.apply()
+    one = cluster.members[0]
+    entries = neighbour.dump(one.sock, link=present(one.sock, DEVICE).index)
+    assert [e.state for e in entries if e.mac[:1] == b"\x0a"] == [neighbour.NUD_PERMANENT] * 4
+    cluster.close()
