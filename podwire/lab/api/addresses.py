@@ -11,6 +11,7 @@ from itertools import chain
 
 from podwire.errors import InvalidObject
 from podwire.kube.objects import Json
+from podwire.lab import tree
 from podwire.lab.api.fields import FieldError, invalid
 from podwire.lab.api.status import StatusError
 from podwire.net import Address, format_address, parse_address, parse_prefix
@@ -66,7 +67,7 @@ class ServiceAddresses:
     def fill(self, service: Json, old: Json | None) -> list[FieldError]:
         """Complete families, addresses and ports; returns what cannot be had."""
         spec = service["spec"]
-        before = (old or {}).get("spec") or {}
+        before = tree.mapping(old or {}, "spec")
         if spec.get("type") == "ExternalName":
             if old and before.get("clusterIPs") == spec.get("clusterIPs"):
                 for name in ("clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"):
@@ -97,7 +98,7 @@ class ServiceAddresses:
             spec.pop("healthCheckNodePort", None)
 
     def _fill_families(self, spec: Json) -> list[FieldError]:
-        families: list[str] = list(spec.get("ipFamilies") or ())
+        families: list[str] = list(tree.texts(spec, "ipFamilies"))
         for text in spec["clusterIPs"][len(families) :]:
             if text != "None":
                 families.append("IPv6" if ":" in text else "IPv4")
@@ -125,7 +126,7 @@ class ServiceAddresses:
 
     def _fill_addresses(self, spec: Json, before: Json) -> list[FieldError]:
         ips: list[str] = spec["clusterIPs"]
-        had: list[str] = before.get("clusterIPs") or []
+        had: list[str] = tree.texts(before, "clusterIPs")
         for i, text in enumerate(ips[: len(spec["ipFamilies"])]):
             if i < len(had) and had[i] == text:
                 continue
@@ -150,16 +151,16 @@ class ServiceAddresses:
         return []
 
     def _fill_ports(self, spec: Json, before: Json) -> list[FieldError]:
-        mine = {port.get("nodePort"): port for port in before.get("ports") or ()}
+        mine = {port.get("nodePort"): port for port in tree.mappings(before, "ports")}
         problems: list[FieldError] = []
         if spec["type"] == "ClusterIP":
-            for port in spec.get("ports") or ():  # was a NodePort: given back, not refused
+            for port in tree.mappings(spec, "ports"):  # was a NodePort: given back, not refused
                 if port.get("nodePort") in mine:
                     port.pop("nodePort", None)
             return problems
         chosen: set[int] = set()
         by_number: dict[int, int] = {}
-        for i, port in enumerate(spec.get("ports") or ()):
+        for i, port in enumerate(tree.mappings(spec, "ports")):
             wanted = port.get("nodePort")
             if wanted and wanted not in mine:
                 problems += self._refuse_port(f"spec.ports[{i}].nodePort", wanted)
@@ -169,7 +170,7 @@ class ServiceAddresses:
                 chosen.add(wanted)
                 by_number.setdefault(port.get("port", 0), wanted)
         if spec.get("allocateLoadBalancerNodePorts", True):
-            for port in spec.get("ports") or ():
+            for port in tree.mappings(spec, "ports"):
                 if not port.get("nodePort"):  # the same port over TCP and UDP gets the same one
                     twin = by_number.get(port.get("port", 0))
                     port["nodePort"] = twin or self._free_port(chosen)
@@ -225,21 +226,21 @@ class ServiceAddresses:
 
 def _same_port(port: Json, before: Json) -> int | None:
     """The node port that this port had, found by protocol and number."""
-    for old in before.get("ports") or ():
+    for old in tree.mappings(before, "ports"):
         if (old.get("protocol"), old.get("port")) == (port.get("protocol"), port.get("port")):
             return old.get("nodePort")
     return None
 
 
 def _addresses(service: Json | None) -> Iterator[Address]:
-    for text in ((service or {}).get("spec") or {}).get("clusterIPs") or ():
+    for text in tree.texts(service or {}, "spec", "clusterIPs"):
         if text != "None":
             yield parse_address(text)
 
 
 def _node_ports(service: Json | None) -> Iterator[int]:
-    spec = (service or {}).get("spec") or {}
-    for port in spec.get("ports") or ():
+    spec = tree.mapping(service or {}, "spec")
+    for port in tree.mappings(spec, "ports"):
         if port.get("nodePort"):
             yield port["nodePort"]
     if spec.get("healthCheckNodePort"):

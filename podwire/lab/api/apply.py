@@ -107,7 +107,7 @@ def _merged(old: Any, new: Any, how: Schema | ListMap | Set) -> Any:
         if isinstance(how, Set):
             have = cast("list[Any]", old)
             return have + [item for item in cast("list[Any]", new) if item not in have]
-    return copy.deepcopy(new)
+    return copy.deepcopy(cast("Any", new))
 
 
 def _merged_list(old: list[Json], new: list[Json], how: ListMap) -> list[Json]:
@@ -153,7 +153,7 @@ def _without(value: Any, fields: Json, how: Schema | ListMap | Set) -> Any:
             return _without_items(cast("list[Json]", value), fields, how)
         if isinstance(how, Set):
             return [i for i in cast("list[Any]", value) if f"v:{_text(i)}" not in fields]
-    return value
+    return cast("Any", value)
 
 
 def _without_items(items: list[Json], fields: Json, how: ListMap) -> list[Json]:

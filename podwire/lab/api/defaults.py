@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from podwire.kube.objects import Json
+from podwire.lab import tree
 
 
 def _protocols(ports: Iterable[Json] | None) -> None:
@@ -24,7 +25,7 @@ def _pod_spec(spec: Json) -> None:
     spec.setdefault("securityContext", {})
     if spec.get("serviceAccountName"):
         spec.setdefault("serviceAccount", spec["serviceAccountName"])
-    for container in [*(spec.get("initContainers") or ()), *(spec.get("containers") or ())]:
+    for container in [*tree.mappings(spec, "initContainers"), *tree.mappings(spec, "containers")]:
         _container(container, host_network=bool(spec.get("hostNetwork")))
 
 
@@ -37,7 +38,7 @@ def _container(container: Json, *, host_network: bool) -> None:
     container.setdefault("resources", {})
     _protocols(container.get("ports"))
     if host_network:
-        for port in container.get("ports") or ():
+        for port in tree.mappings(container, "ports"):
             port.setdefault("hostPort", port.get("containerPort"))
     for name in ("readinessProbe", "livenessProbe", "startupProbe"):
         if probe := container.get(name):
@@ -70,11 +71,11 @@ def _pod(pod: Json) -> None:
 
 
 def _quality(spec: Json) -> str:
-    resources = [c.get("resources") or {} for c in spec.get("containers") or ()]
+    resources = [tree.mapping(c, "resources") for c in tree.mappings(spec, "containers")]
     if not any(r.get("requests") or r.get("limits") for r in resources):
         return "BestEffort"
     for resource in resources:
-        limits, requests = resource.get("limits") or {}, resource.get("requests") or {}
+        limits, requests = tree.mapping(resource, "limits"), tree.mapping(resource, "requests")
         if not {"cpu", "memory"} <= limits.keys() or (requests and requests != limits):
             return "Burstable"
     return "Guaranteed"
@@ -149,7 +150,7 @@ def _service(service: Json) -> None:
         config.setdefault("clientIP", {}).setdefault("timeoutSeconds", 10800)
     else:
         spec.pop("sessionAffinityConfig", None)
-    for port in spec.get("ports") or ():
+    for port in tree.mappings(spec, "ports"):
         port.setdefault("protocol", "TCP")
         port.setdefault("targetPort", port.get("port"))
     if kind != "ExternalName":
@@ -166,24 +167,24 @@ def _network_policy(policy: Json) -> None:
     spec.setdefault("podSelector", {})
     if not spec.get("policyTypes"):
         spec["policyTypes"] = ["Ingress", "Egress"] if spec.get("egress") else ["Ingress"]
-    for rule in [*(spec.get("ingress") or ()), *(spec.get("egress") or ())]:
+    for rule in [*tree.mappings(spec, "ingress"), *tree.mappings(spec, "egress")]:
         _protocols(rule.get("ports"))
 
 
 def _endpoint_slice(piece: Json) -> None:
-    for port in piece.get("ports") or ():
+    for port in tree.mappings(piece, "ports"):
         port.setdefault("name", "")
         port.setdefault("protocol", "TCP")
 
 
 def _endpoints(endpoints: Json) -> None:
-    for subset in endpoints.get("subsets") or ():
+    for subset in tree.mappings(endpoints, "subsets"):
         _protocols(subset.get("ports"))
 
 
 def _namespace(namespace: Json) -> None:
     metadata = namespace["metadata"]
-    labels = metadata.get("labels") or {}
+    labels = tree.mapping(metadata, "labels")
     if metadata.get("name"):
         metadata["labels"] = {**labels, "kubernetes.io/metadata.name": metadata["name"]}
     namespace.setdefault("spec", {}).setdefault("finalizers", ["kubernetes"])
@@ -193,7 +194,7 @@ def _namespace(namespace: Json) -> None:
 def _node(node: Json) -> None:
     metadata = node["metadata"]
     if metadata.get("name"):
-        labels = metadata.get("labels") or {}
+        labels = tree.mapping(metadata, "labels")
         metadata["labels"] = {"kubernetes.io/hostname": metadata["name"], **labels}
     node.setdefault("spec", {})
     node.setdefault("status", {})

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from podwire.kube.objects import Json
+from podwire.lab import tree
 
 
 class FieldError(NamedTuple):
@@ -135,9 +136,9 @@ def label_selector(path: str, selector: Json | None) -> list[FieldError]:
     if not selector:
         return []
     out = labels(f"{path}.matchLabels", selector.get("matchLabels"))
-    for i, term in enumerate(selector.get("matchExpressions") or ()):
+    for i, term in enumerate(tree.mappings(selector, "matchExpressions")):
         at = f"{path}.matchExpressions[{i}]"
-        operator, values = term.get("operator"), term.get("values") or []
+        operator, values = term.get("operator"), tree.texts(term, "values")
         if operator in ("In", "NotIn"):
             if not values:
                 why = "must be specified when `operator` is 'In' or 'NotIn'"

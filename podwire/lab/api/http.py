@@ -12,6 +12,7 @@ from aiohttp import web
 
 from podwire.errors import PodwireError
 from podwire.kube.objects import Json
+from podwire.lab import tree
 from podwire.lab.api import status as errors
 from podwire.lab.api.discovery import Discovery
 from podwire.lab.api.listing import Shape, list_body, parse_query, stream
@@ -210,7 +211,7 @@ class HttpDoor:
         }
         if target.resource.group:
             details["group"] = target.resource.group
-        answer = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
+        answer: Json = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
         return _json(encode({**answer, "details": details}))
 
     async def _delete_all(self, request: web.BaseRequest, target: Target) -> web.StreamResponse:
@@ -281,7 +282,7 @@ async def _delete_options(request: web.BaseRequest) -> DeleteOptions:
         body = cast("Json", read) if isinstance(read, dict) else {}
     query = request.query
     grace = body.get("gracePeriodSeconds", query.get("gracePeriodSeconds"))
-    conditions = body.get("preconditions") or {}
+    conditions = tree.mapping(body, "preconditions")
     return DeleteOptions(
         grace_period_s=None if grace is None else int(grace),
         propagation=body.get("propagationPolicy", query.get("propagationPolicy")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from podwire.errors import PodwireError
 from podwire.kube.objects import Json
+from podwire.lab import tree
 from podwire.lab.api.registry import APPLY_PATCH, DeleteOptions, Registry
 from podwire.lab.api.resources import ApiResource
 from podwire.lab.api.status import StatusError, bad_request
@@ -63,8 +64,7 @@ def _delete(registry: Registry, obj: Json) -> Json:
 
 
 def _result(obj: Json) -> Json:
-    metadata = obj.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
+    metadata = tree.mapping(obj, "metadata")
     return {
         "kind": str(obj.get("kind", "")),
         "apiVersion": str(obj.get("apiVersion", "")),

@@ -134,7 +134,8 @@ def strategic_merge(obj: Json, patch: Json, schema: Schema) -> Json:
         if key.startswith("$"):
             if key.startswith(_DELETE_PLAIN):
                 name = key.removeprefix(_DELETE_PLAIN)
-                out[name] = [item for item in out.get(name) or [] if item not in value]
+                have: list[Any] = out.get(name) or []
+                out[name] = [item for item in have if item not in value]
         elif value is None:
             out.pop(key, None)
         else:
@@ -152,7 +153,7 @@ def _merge_value(old: Any, new: Any, how: Schema | ListMap | Set) -> Any:
         return strategic_merge(base, cast("Json", new), how if isinstance(how, dict) else NOTHING)
     if isinstance(new, list):
         items = cast("list[Any]", new)
-        base_items = cast("list[Any]", old) if isinstance(old, list) else []
+        base_items: list[Any] = cast("list[Any]", old) if isinstance(old, list) else []
         if isinstance(how, ListMap):
             return _merge_list(base_items, items, how)
         if isinstance(how, Set):
@@ -165,7 +166,7 @@ def _merge_list(old: list[Json], patch: list[Json], how: ListMap) -> list[Json]:
     key = how.keys[0]
     if any(item.get("$patch") == "replace" for item in patch):
         return [item for item in patch if "$patch" not in item]
-    out = list(old)
+    out: list[Json] = list(old)
     for item in patch:
         if key not in item:
             raise bad_request(f"map: {item} does not contain declared merge key: {key}")

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from podwire.kube.objects import Json
+from podwire.lab import tree
 from podwire.lab.api import patch as patches
 from podwire.lab.api import status as errors
 from podwire.lab.api.addresses import ServiceAddresses
@@ -142,9 +143,9 @@ class Registry:
                 f"the API version or kind in the data ({version}, Kind={kind}) does not match "
                 f"the expected {resource.api_version}, Kind={resource.kind}"
             )
-        metadata = obj.setdefault("metadata", {})
-        if not isinstance(metadata, dict):
+        if not isinstance(obj.setdefault("metadata", {}), dict):
             raise errors.bad_request("metadata must be an object")
+        metadata: Json = obj["metadata"]
         if not resource.namespaced:
             metadata.pop("namespace", None)
         elif metadata.setdefault("namespace", namespace) != namespace:
@@ -258,7 +259,7 @@ class Registry:
         if not metadata.get("deletionTimestamp") or metadata.get("finalizers"):
             return False
         if obj["kind"] == "Namespace" and obj["apiVersion"] == "v1":
-            return not (obj.get("spec") or {}).get("finalizers")
+            return not tree.mapping(obj, "spec").get("finalizers")
         return not metadata.get("deletionGracePeriodSeconds")
 
     def _remove(self, resource: ApiResource, key: Key) -> Record:
@@ -360,7 +361,7 @@ class Registry:
             return old, True
         marked = {**old.obj, "metadata": self._mark(resource, old.obj, options)}
         if resource == self.namespaces:
-            marked["status"] = {**(marked.get("status") or {}), "phase": "Terminating"}
+            marked["status"] = {**tree.mapping(marked, "status"), "phase": "Terminating"}
         if self._is_finished(marked):
             return self._remove(resource, old.key), True
         if marked == old.obj:
@@ -370,7 +371,7 @@ class Registry:
     def _mark(self, resource: ApiResource, obj: Json, options: DeleteOptions) -> Json:
         """The metadata of an object that is to go."""
         metadata = dict(obj["metadata"])
-        finalizers = list(metadata.get("finalizers") or ())
+        finalizers = list(tree.texts(metadata, "finalizers"))
         wanted = {"Foreground": "foregroundDeletion", "Orphan": "orphan"}.get(
             options.propagation or ""
         )
@@ -387,7 +388,7 @@ class Registry:
         """Only a pod that is on a node and not done yet is given time."""
         if resource.kind != "Pod" or not resource.builtin:
             return 0
-        spec, status = obj.get("spec") or {}, obj.get("status") or {}
+        spec, status = tree.mapping(obj, "spec"), tree.mapping(obj, "status")
         if not spec.get("nodeName") or status.get("phase") in ("Succeeded", "Failed"):
             return 0
         if options.grace_period_s is not None:
@@ -435,6 +436,6 @@ def _required_name(why: str) -> Any:
 def _without_times(obj: Json) -> Json:
     """The object without the times of its managedFields: applying again is no change."""
     metadata = dict(obj["metadata"])
-    entries = metadata.get("managedFields") or []
+    entries = tree.mappings(metadata, "managedFields")
     metadata["managedFields"] = [{**entry, "time": ""} for entry in entries]
     return {**obj, "metadata": metadata}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from podwire.kube.objects import Json
+from podwire.lab import tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,18 +174,18 @@ def from_definition(definition: Json) -> Iterable[ApiResource]:
     """The served versions of a CustomResourceDefinition."""
     spec = definition.get("spec", {})
     names = spec.get("names", {})
-    for version in spec.get("versions") or []:
+    for version in tree.mappings(spec, "versions"):
         if version.get("served", True):
-            subresources = version.get("subresources") or {}
+            subresources = tree.mapping(version, "subresources")
             yield ApiResource(
                 group=spec.get("group", ""),
                 version=version.get("name", ""),
                 kind=names.get("kind", ""),
                 plural=names.get("plural", ""),
                 namespaced=spec.get("scope") != "Cluster",
-                short_names=tuple(names.get("shortNames") or ()),
+                short_names=tuple(tree.texts(names, "shortNames")),
                 has_status="status" in subresources,
                 has_scale="scale" in subresources,
-                categories=tuple(names.get("categories") or ()),
+                categories=tuple(tree.texts(names, "categories")),
                 builtin=False,
             )

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from podwire.kube.objects import Json
+from podwire.lab import tree
 from podwire.lab.api.resources import ApiResource
 from podwire.lab.api.status import bad_request
 
@@ -57,10 +58,10 @@ def label_selector(selector: Json | None) -> Matcher:
     """The predicate of a meta/v1 LabelSelector; None selects nothing, ``{}`` everything."""
     if selector is None:
         return lambda labels: False
-    equal: dict[str, str] = selector.get("matchLabels") or {}
+    equal: dict[str, str] = tree.mapping(selector, "matchLabels")
     terms = [
-        requirement(term["key"], term["operator"], set(term.get("values") or ()))
-        for term in selector.get("matchExpressions") or ()
+        requirement(term["key"], term["operator"], set(tree.texts(term, "values")))
+        for term in tree.mappings(selector, "matchExpressions")
     ]
     pairs = list(equal.items())
     return lambda labels: (

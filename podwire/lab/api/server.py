@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 import secrets
 import socket
 import ssl
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-import yaml
+import msgspec
 from aiohttp import web
 
 from podwire.kube.objects import Json
@@ -20,6 +21,7 @@ from podwire.lab.api import certificates
 from podwire.lab.api.addresses import ServiceAddresses
 from podwire.lab.api.http import HttpDoor
 from podwire.lab.api.registry import Registry, utc_now
+from podwire.lab.api.storage import encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,7 @@ class ApiServer:
         self._create("networking.k8s.io/v1", "ServiceCIDR", cidrs)
 
     def _first_address(self) -> str:
-        from ipaddress import ip_network
-
-        return str(ip_network(self.config.service_cidrs[0])[1])
+        return str(ipaddress.ip_network(self.config.service_cidrs[0])[1])
 
     def _create(self, api_version: str, kind: str, obj: Json, namespace: str = "") -> None:
         resource = self.registry.resource(kind, api_version)
@@ -160,4 +160,4 @@ class ApiServer:
             "users": [{"name": context, "user": {"token": self.config.token}}],
             "contexts": [{"name": context, "context": {"cluster": context, "user": context}}],
         }
-        return yaml.safe_dump(config, sort_keys=False)
+        return msgspec.json.format(encode(config)).decode()  # JSON is YAML

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from podwire.kube.objects import Json
+from podwire.lab import tree
 from podwire.lab.api import fields
 from podwire.lab.api.fields import (
     FieldError,
@@ -32,14 +33,14 @@ def validate(kind: str, obj: Json, old: Json | None = None) -> list[FieldError]:
     With `old` it is an update: addresses and CIDRs that `old` has already are not judged again
     by rules younger than them, and immutable fields are compared.
     """
-    metadata = obj.get("metadata") or {}
+    metadata = tree.mapping(obj, "metadata")
     name = metadata.get("name", "")
     rule = {"Namespace": fields.dns_label, "Service": fields.dns_1035_label}.get(
         kind, fields.subdomain
     )
     out = [invalid("metadata.name", name, problem) for problem in rule(name)]
     out += fields.labels("metadata.labels", metadata.get("labels"))
-    for key in metadata.get("annotations") or ():
+    for key in tree.mapping(metadata, "annotations"):
         problems = fields.qualified_name(key.lower())
         out += [invalid("metadata.annotations", key, problem) for problem in problems]
     if judge := _KINDS.get(kind):
@@ -51,17 +52,17 @@ def validate(kind: str, obj: Json, old: Json | None = None) -> list[FieldError]:
 
 
 def _network_policy(policy: Json, old: Json | None) -> list[FieldError]:
-    spec = policy.get("spec") or {}
+    spec = tree.mapping(policy, "spec")
     stored = frozenset(_cidrs_of(old)) if old else frozenset[str]()
     out = fields.label_selector("spec.podSelector", spec.get("podSelector"))
     for direction, peers in (("ingress", "from"), ("egress", "to")):
-        for i, rule in enumerate(spec.get(direction) or ()):
+        for i, rule in enumerate(tree.mappings(spec, direction)):
             at = f"spec.{direction}[{i}]"
-            for j, port in enumerate(rule.get("ports") or ()):
+            for j, port in enumerate(tree.mappings(rule, "ports")):
                 out += _policy_port(f"{at}.ports[{j}]", port)
-            for j, peer in enumerate(rule.get(peers) or ()):
+            for j, peer in enumerate(tree.mappings(rule, peers)):
                 out += _peer(f"{at}.{peers}[{j}]", peer, stored)
-    types = spec.get("policyTypes") or []
+    types = tree.texts(spec, "policyTypes")
     if len(types) > 2:
         out.append(invalid("spec.policyTypes", types, "may not specify more than two policyTypes"))
         return out
@@ -72,12 +73,12 @@ def _network_policy(policy: Json, old: Json | None) -> list[FieldError]:
 
 
 def _cidrs_of(policy: Json) -> Iterator[str]:
-    spec = policy.get("spec") or {}
+    spec = tree.mapping(policy, "spec")
     for direction, peers in (("ingress", "from"), ("egress", "to")):
-        for rule in spec.get(direction) or ():
-            for peer in rule.get(peers) or ():
-                block = peer.get("ipBlock") or {}
-                yield from (block.get("cidr", ""), *(block.get("except") or ()))
+        for rule in tree.mappings(spec, direction):
+            for peer in tree.mappings(rule, peers):
+                block = tree.mapping(peer, "ipBlock")
+                yield from (block.get("cidr", ""), *tree.texts(block, "except"))
 
 
 def _policy_port(at: str, port: Json) -> list[FieldError]:
@@ -130,7 +131,7 @@ def _ip_block(at: str, block: Json, stored: frozenset[str]) -> list[FieldError]:
         return [invalid(f"{at}.cidr", text, problem) for problem in problems]
     outer = ipaddress.ip_network(text, strict=False)
     out: list[FieldError] = []
-    for i, exception in enumerate(block.get("except") or ()):
+    for i, exception in enumerate(tree.texts(block, "except")):
         where = f"{at}.except[{i}]"
         problems = fields.cidr(exception, strict=exception not in stored)
         out += [invalid(where, exception, problem) for problem in problems]
@@ -154,18 +155,18 @@ def _endpoint_slice(piece: Json, old: Json | None) -> list[FieldError]:
         out.append(unsupported("addressType", family, ["FQDN", "IPv4", "IPv6"]))
     if old and old.get("addressType") != family:
         out.append(invalid("addressType", family, "field is immutable"))
-    endpoints = piece.get("endpoints") or []
+    endpoints = tree.mappings(piece, "endpoints")
     if len(endpoints) > 1000:
         out.append(FieldError("endpoints", "FieldValueTooMany", "Too many: must have at most 1000"))
     for i, endpoint in enumerate(endpoints):
-        addresses = endpoint.get("addresses") or []
+        addresses = tree.texts(endpoint, "addresses")
         if not addresses:
             out.append(required(f"endpoints[{i}].addresses", "must contain at least 1 address"))
         for j, text in enumerate(addresses):
             where = f"endpoints[{i}].addresses[{j}]"
             out += [invalid(where, text, problem) for problem in _slice_address(family, text)]
     seen: set[str] = set()
-    for i, port in enumerate(piece.get("ports") or ()):
+    for i, port in enumerate(tree.mappings(piece, "ports")):
         name, protocol = port.get("name") or "", port.get("protocol", "TCP")
         if name in seen:
             out.append(duplicate(f"ports[{i}].name", name))
@@ -188,7 +189,7 @@ def _slice_address(family: str, text: str) -> list[str]:
 
 
 def _pod(pod: Json, old: Json | None) -> list[FieldError]:
-    return _pod_spec("spec", pod.get("spec") or {})
+    return _pod_spec("spec", tree.mapping(pod, "spec"))
 
 
 def _pod_spec(at: str, spec: Json) -> list[FieldError]:
@@ -197,7 +198,7 @@ def _pod_spec(at: str, spec: Json) -> list[FieldError]:
         out.append(required(f"{at}.containers"))
     names: set[str] = set()
     for group in ("initContainers", "containers"):
-        for i, container in enumerate(spec.get(group) or ()):
+        for i, container in enumerate(tree.mappings(spec, group)):
             where = f"{at}.{group}[{i}]"
             name = container.get("name") or ""
             if not name:
@@ -208,7 +209,7 @@ def _pod_spec(at: str, spec: Json) -> list[FieldError]:
             if name in names:
                 out.append(duplicate(f"{where}.name", name))
             names.add(name)
-            out += _container_ports(f"{where}.ports", container.get("ports") or [])
+            out += _container_ports(f"{where}.ports", tree.mappings(container, "ports"))
     policy = spec.get("restartPolicy", "Always")
     if policy not in ("Always", "OnFailure", "Never"):
         supported = ["Always", "OnFailure", "Never"]
@@ -240,31 +241,31 @@ def _container_ports(at: str, ports: list[Json]) -> list[FieldError]:
 
 
 def _workload(workload: Json, old: Json | None) -> list[FieldError]:
-    spec = workload.get("spec") or {}
-    selector, template = spec.get("selector"), spec.get("template") or {}
+    spec = tree.mapping(workload, "spec")
+    selector, template = spec.get("selector"), tree.mapping(spec, "template")
     out: list[FieldError] = []
     if not selector:
         out.append(required("spec.selector"))
     else:
         out += fields.label_selector("spec.selector", selector)
-        found = (template.get("metadata") or {}).get("labels") or {}
-        wanted: Json = selector.get("matchLabels") or {}
+        found = tree.mapping(template, "metadata", "labels")
+        wanted: Json = tree.mapping(selector, "matchLabels")
         if any(found.get(key) != value for key, value in wanted.items()):
             why = "`selector` does not match template `labels`"
             out.append(invalid("spec.template.metadata.labels", found, why))
-    if old and (old.get("spec") or {}).get("selector") != selector:
+    if old and tree.mapping(old, "spec").get("selector") != selector:
         out.append(invalid("spec.selector", selector, "field is immutable"))
     if (replicas := spec.get("replicas", 0)) < 0:
         out.append(invalid("spec.replicas", replicas, "must be greater than or equal to 0"))
-    out += _pod_spec("spec.template.spec", template.get("spec") or {})
-    policy = (template.get("spec") or {}).get("restartPolicy", "Always")
+    out += _pod_spec("spec.template.spec", tree.mapping(template, "spec"))
+    policy = tree.mapping(template, "spec").get("restartPolicy", "Always")
     if policy in ("OnFailure", "Never"):
         out.append(unsupported("spec.template.spec.restartPolicy", policy, ["Always"]))
     return out
 
 
 def _job(job: Json, old: Json | None) -> list[FieldError]:
-    template = ((job.get("spec") or {}).get("template") or {}).get("spec") or {}
+    template = tree.mapping(job, "spec", "template", "spec")
     out = _pod_spec("spec.template.spec", template)
     if template.get("restartPolicy") not in ("OnFailure", "Never"):
         out.append(
@@ -279,7 +280,7 @@ def _job(job: Json, old: Json | None) -> list[FieldError]:
 
 def _node(node: Json, old: Json | None) -> list[FieldError]:
     out: list[FieldError] = []
-    for i, text in enumerate((node.get("spec") or {}).get("podCIDRs") or ()):
+    for i, text in enumerate(tree.texts(node, "spec", "podCIDRs")):
         out += [invalid(f"spec.podCIDRs[{i}]", text, problem) for problem in fields.cidr(text)]
     return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 
 from podwire.kube.objects import Json
+from podwire.lab import tree
 from podwire.lab.api import fields
 from podwire.lab.api.fields import (
     FieldError,
@@ -22,8 +23,8 @@ _POLICIES = ["Cluster", "Local"]
 
 def validate_service(service: Json, old: Json | None) -> list[FieldError]:
     """All reasons to refuse a Service; `old` is the stored one on update."""
-    spec = service.get("spec") or {}
-    before = (old or {}).get("spec") or {}
+    spec = tree.mapping(service, "spec")
+    before = tree.mapping(old or {}, "spec")
     kind = spec.get("type", "ClusterIP")
     out = _ports(spec, kind)
     out += fields.labels("spec.selector", spec.get("selector"))
@@ -42,7 +43,7 @@ def _is_headless(spec: Json) -> bool:
 
 
 def _ports(spec: Json, kind: str) -> list[FieldError]:
-    ports = spec.get("ports") or []
+    ports = tree.mappings(spec, "ports")
     out: list[FieldError] = []
     if not ports and not _is_headless(spec) and kind != "ExternalName":
         out.append(required("spec.ports"))
@@ -91,7 +92,7 @@ def _affinity(spec: Json) -> list[FieldError]:
     affinity = spec.get("sessionAffinity", "None")
     if affinity not in ("ClientIP", "None"):
         return [unsupported("spec.sessionAffinity", affinity, ["ClientIP", "None"])]
-    client = (spec.get("sessionAffinityConfig") or {}).get("clientIP") or {}
+    client = tree.mapping(spec, "sessionAffinityConfig", "clientIP")
     timeout = client.get("timeoutSeconds", 10800)
     if affinity == "ClientIP" and not 0 < timeout <= 86400:
         at = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
@@ -113,8 +114,8 @@ def _addresses(spec: Json, before: Json, kind: str) -> list[FieldError]:
         else:
             problems = fields.subdomain(name.removesuffix("."))
             out += [invalid("spec.externalName", name, problem) for problem in problems]
-    stored = set(before.get("externalIPs") or ())
-    for i, text in enumerate(spec.get("externalIPs") or ()):
+    stored = set(tree.texts(before, "externalIPs"))
+    for i, text in enumerate(tree.texts(spec, "externalIPs")):
         where = f"spec.externalIPs[{i}]"
         problems = fields.address(text, strict=text not in stored) or _endpoint_address(text)
         out += [invalid(where, text, problem) for problem in problems]
@@ -144,7 +145,7 @@ def _families(spec: Json, kind: str) -> list[FieldError]:
             if spec.get(name)
         ]
     out: list[FieldError] = []
-    families, policy = spec.get("ipFamilies") or [], spec.get("ipFamilyPolicy")
+    families, policy = tree.texts(spec, "ipFamilies"), spec.get("ipFamilyPolicy")
     policies = ["PreferDualStack", "RequireDualStack", "SingleStack"]
     if policy and policy not in policies:
         out.append(unsupported("spec.ipFamilyPolicy", policy, policies))
@@ -158,7 +159,7 @@ def _families(spec: Json, kind: str) -> list[FieldError]:
 
 def _cluster_ips(spec: Json, families: list[str], policy: str | None) -> list[FieldError]:
     out: list[FieldError] = []
-    first, ips = spec.get("clusterIP") or "", spec.get("clusterIPs") or []
+    first, ips = spec.get("clusterIP") or "", tree.texts(spec, "clusterIPs")
     if ips and first and ips[0] != first:
         out.append(invalid("spec.clusterIPs", ips, "first value must match `clusterIP`"))
     if len(ips) > 2:
@@ -186,11 +187,11 @@ def _cluster_ips(spec: Json, families: list[str], policy: str | None) -> list[Fi
 
 def _load_balancer(spec: Json, before: Json, kind: str) -> list[FieldError]:
     out: list[FieldError] = []
-    ranges = spec.get("loadBalancerSourceRanges") or []
+    ranges = tree.texts(spec, "loadBalancerSourceRanges")
     if ranges and kind != "LoadBalancer":
         why = "may only be used when `type` is 'LoadBalancer'"
         out.append(forbidden("spec.loadBalancerSourceRanges", why))
-    stored = set(before.get("loadBalancerSourceRanges") or ())
+    stored = set(tree.texts(before, "loadBalancerSourceRanges"))
     for i, text in enumerate(ranges):
         problems = fields.cidr(text.strip(), strict=text not in stored)
         where = f"spec.loadBalancerSourceRanges[{i}]"
