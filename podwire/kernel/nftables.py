@@ -34,7 +34,7 @@ INET = 1
 
 _SUBSYSTEM = 10 << 8
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_GETTABLE, _GETCHAIN, _GETSET = 1, 4, 10
+_GETTABLE, _GETCHAIN, _GETRULE, _GETSET = 1, 4, 7, 10
 _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETGEN = 12, 13, 14, 16
 
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS, _LIST_ELEM = 1, 2, 3, 1
@@ -247,6 +247,14 @@ class NfTables:
         """Names of the chains of a table; none if there is no such table."""
         bodies = self._ask(_GETCHAIN, family, b"")
         return [_name(body, 3) for body in bodies if _name(body, 1) == table]
+
+    def rules(self, family: int, table: str) -> list[tuple[str, bytes]]:
+        """Every rule's chain and expressions, to compare: empty if there is no such table."""
+        found: list[tuple[str, bytes]] = []
+        for body in self._ask(_GETRULE, family, netlink.text(1, table)):
+            attributes = netlink.attributes(body, 4)
+            found.append((netlink.string(attributes[2]), attributes.get(4, b"")))
+        return found
 
     def sets(self, family: int, table: str) -> list[str]:
         """Names of the sets and maps of a table; none if there is no such table."""

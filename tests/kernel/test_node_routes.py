@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import select
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 
-from podwire.kernel import address, link, neighbour, netns, route
+from podwire.kernel import address, link, neighbour, route
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.link import End
 from podwire.kernel.monitor import Group, Monitor
@@ -21,6 +19,7 @@ from podwire.nodes import RouteCompiler
 from podwire.nodes.table import Routing
 from podwire.wiring.routes import DEVICE, NodeRoutes
 from tests.conftest import present
+from tests.traffic import udp_source
 
 A, P = parse_address, parse_prefix
 NAMES = ("n1", "n2", "n3")
@@ -114,23 +113,12 @@ def cluster(request: pytest.FixtureRequest, make_netns: Callable[[], int]) -> It
     made.close()
 
 
-def exchange(client: Member, server: Member, family: int, *, size: int = 8, tries: int = 40) -> str:
-    """Send a datagram from pod to pod; return the source the receiver saw ("" if it got none)."""
-    domain = socket.AF_INET if family == 4 else socket.AF_INET6
-    with (
-        netns.socket(server.fd, domain, socket.SOCK_DGRAM) as receiver,
-        netns.socket(client.fd, domain, socket.SOCK_DGRAM) as sender,
-    ):
-        receiver.bind((server.pod(family), 7000))
-        sender.bind((client.pod(family), 0))
-        for _ in range(tries):
-            try:
-                sender.sendto(bytes(size), (server.pod(family), 7000))
-            except OSError:
-                return ""
-            if select.select([receiver], [], [], 0.1)[0]:
-                return receiver.recvfrom(size)[1][0]
-    return ""
+def exchange(
+    client: Member, server: Member, family: int, *, size: int = 8, wait_s: float = 4
+) -> str:
+    """The source that the second one's pod saw of a datagram; "" if none came."""
+    source, to = client.pod(family), server.pod(family)
+    return udp_source(client.fd, server.fd, to, source=source, size=size, wait_s=wait_s)
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -170,7 +158,7 @@ def test_a_route_of_somebody_else_stays(cluster: Cluster) -> None:
     one = cluster.members[0]
     cluster.store.remove(Node, ("", "n2"))
     cluster.apply()
-    assert exchange(one, cluster.members[1], 4, tries=2) == ""
+    assert exchange(one, cluster.members[1], 4, wait_s=0.2) == ""
     foreign = route.direct(P("10.244.2.0/24"), present(one.sock, "pods").index)
     one.sock.run(route.add(foreign))
     cluster.put(2)
@@ -194,7 +182,7 @@ def test_a_node_returns_with_a_new_address(cluster: Cluster) -> None:
         address.add(InterfaceAddress(eth0, A("192.168.7.22"), 24)),
         address.add(InterfaceAddress(eth0, A("fd07::22"), 64)),
     )
-    assert exchange(one, two, 4, tries=2) == ""
+    assert exchange(one, two, 4, wait_s=0.2) == ""
     cluster.put(2, host="22")
     cluster.apply()
     for family in (4, 6):
