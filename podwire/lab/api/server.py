@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import ipaddress
 import secrets
@@ -135,6 +136,12 @@ class ApiServer:
         if self._runner:
             await self._runner.cleanup()
             self._runner = None
+
+    @property
+    def connections(self) -> Sequence[asyncio.Protocol]:
+        """The open client connections."""
+        server = self._runner.server if self._runner else None
+        return server.connections if server else []
 
     @property
     def url(self) -> str:
