@@ -62,11 +62,13 @@ class ObjectSpec:
 
     def __init__(self, path: Path) -> None:
         lib = _libbpf()
+        _messages.clear()
         self.path = path
         self._object = lib.bpf_object__open_file(str(path).encode(), None)
         if not self._object:
             code = ctypes.get_errno()
-            raise KernelError(f"cannot open {path}: {os.strerror(code)}", errno=code)
+            words = "; ".join(_messages) or os.strerror(code)
+            raise KernelError(f"cannot open {path}: {words}", errno=code)
         self._programs = _list(lib.bpf_object__next_program, self._object, lib.bpf_program__name)
         self._maps = _list(lib.bpf_object__next_map, self._object, lib.bpf_map__name)
 
@@ -81,6 +83,11 @@ class ObjectSpec:
     @property
     def maps(self) -> list[str]:
         return list(self._maps)
+
+    @property
+    def constants(self) -> list[str]:
+        """Names of the read-only variables."""
+        return list(_variables(_libbpf().bpf_object__btf(self._object), ".rodata"))
 
     def only(self, programs: set[str]) -> None:
         """Load these programs and leave the others in the file."""

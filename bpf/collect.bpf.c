@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* Housekeeping of the connection table, walked inside the kernel: half a million entries cost user
+ * space one system call and no copy. User space runs it every few seconds, and after changes. */
+#define PODWIRE_NO_PACKETS
+#include "conntrack.h"
+#include "service.h"
+
+char _license[] SEC("license") = "Dual BSD/GPL";
+
+enum collect_mode { COLLECT_EXPIRE, COLLECT_DOOMED, COLLECT_MOVE };
+
+struct collect {
+	__u32 mode;
+	__u32 established_s; /* how long a silent TCP connection lives */
+	__u32 datagram_s; /* and an answered UDP flow */
+	__u32 walked; /* out: entries */
+	__u32 removed; /* out: entries expired, forgotten or moved */
+	__u32 failed; /* out: entries that could not be moved */
+};
+
+/* Backends whose UDP flows must end: packets of a flow would go on to an address that is gone. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct member_key);
+	__type(value, __u8);
+} doomed SEC(".maps");
+
+struct walk {
+	struct flow pair;
+	__u32 now_s;
+	__u32 established_s;
+	__u32 datagram_s;
+	__u32 removed;
+	__u32 failed;
+};
+
+#define OPENING_S 60 /* TCP that was never answered, or has ended */
+#define CLOSED_S 30
+#define UNANSWERED_S 30 /* anything else */
+
+static __always_inline __u32 lifetime(const struct walk *w, __u8 protocol, __u8 here, __u8 there)
+{
+	if (!(here & STATE_SEEN) || !(there & STATE_SEEN))
+		return protocol == IPPROTO_TCP ? OPENING_S : UNANSWERED_S;
+	if (protocol != IPPROTO_TCP)
+		return protocol == IPPROTO_SCTP ? w->established_s : w->datagram_s;
+	if ((here | there) & STATE_RST || (here & there & STATE_FIN))
+		return CLOSED_S;
+	return (here | there) & STATE_DATA ? w->established_s : OPENING_S;
+}
+
+static __always_inline void remove_both(void *map, struct walk *w, const struct flow *key)
+{
+	bpf_map_delete_elem(map, &w->pair);
+	bpf_map_delete_elem(map, key);
+	w->removed += 2;
+}
+
+static long expire(void *map, const struct flow *key, struct connection *value, struct walk *w)
+{
+	struct connection *pair;
+	__u32 seen_s = value->seen_s;
+	__u8 state = 0;
+
+	/* each pair is judged once, at its original direction; a half without the other goes too */
+	reverse(&w->pair, &value->to);
+	pair = bpf_map_lookup_elem(map, &w->pair);
+	if (pair) {
+		if (value->flags & CONNECTION_REPLY)
+			return 0;
+		state = pair->state;
+		if ((__s32)(pair->seen_s - seen_s) > 0)
+			seen_s = pair->seen_s;
+	}
+	/* entries may be younger than this walk's idea of now */
+	if ((__s32)(w->now_s - seen_s) > (__s32)lifetime(w, key->protocol, value->state, state))
+		remove_both(map, w, key);
+	return 0;
+}
+
+static long forget(void *map, const struct flow *key, struct connection *value, struct walk *w)
+{
+	struct member_key backend = {
+		.service = value->service,
+		.address = value->to.destination,
+		.port = value->to.destination_port,
+	};
+
+	if (key->protocol != IPPROTO_UDP || value->flags & CONNECTION_REPLY ||
+	    !bpf_map_lookup_elem(&doomed, &backend))
+		return 0;
+	reverse(&w->pair, &value->to);
+	remove_both(map, w, key);
+	return 0;
+}
+
+static long move(void *map, const struct flow *key, struct connection *value, struct walk *w)
+{
+	void *current = current_map(&connections);
+	long error;
+
+	if (!current)
+		return 1;
+	error = bpf_map_update_elem(current, key, value, BPF_NOEXIST);
+	if (error && error != -ERROR_EXIST)
+		w->failed++;
+	else
+		w->removed++;
+	return 0;
+}
+
+SEC("syscall")
+int collect(struct collect *args)
+{
+	struct walk w = {
+		.now_s = now_seconds(),
+		.established_s = args->established_s,
+		.datagram_s = args->datagram_s,
+	};
+	__u32 slot = args->mode == COLLECT_MOVE ? SLOT_RETIRING : SLOT_CURRENT;
+	void *map = bpf_map_lookup_elem(&connections, &slot);
+	long walked = 0;
+
+	if (!map)
+		return 0;
+	switch (args->mode) {
+	case COLLECT_EXPIRE:
+		walked = bpf_for_each_map_elem(map, expire, &w, 0);
+		break;
+	case COLLECT_DOOMED:
+		walked = bpf_for_each_map_elem(map, forget, &w, 0);
+		break;
+	case COLLECT_MOVE:
+		walked = bpf_for_each_map_elem(map, move, &w, 0);
+		break;
+	}
+	args->walked = walked;
+	args->removed = w.removed;
+	args->failed = w.failed;
+	return 0;
+}
+
+static long forget_client(void *map, const struct affinity_key *key, struct affinity *value, __u32 *now_s)
+{
+	if ((__s32)(*now_s - value->seen_s) > (__s32)value->timeout_s)
+		bpf_map_delete_elem(map, key);
+	return 0;
+}
+
+SEC("syscall")
+int collect_affinities(struct collect *args)
+{
+	__u32 now_s = now_seconds();
+
+	args->walked = bpf_for_each_map_elem(&affinities, forget_client, &now_s, 0);
+	return 0;
+}

@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Connections: two entries each, one per direction, keyed by what the packets of that direction look
+ * like when they arrive here, valued by what they become.
+ *
+ * The table grows by a second map: new entries go to slot 0, while those of the smaller table, in
+ * slot 1, are moved by user space. Expiry is decided by collect.bpf.c.
+ */
+#pragma once
+
+#include "events.h"
+#include "packet.h"
+
+enum connection_flag {
+	CONNECTION_TRANSLATED = 1,
+	CONNECTION_REPLY = 2, /* the direction of the answers */
+	CONNECTION_HOST = 4, /* one end is a process of this node */
+};
+
+enum connection_state { /* what this direction has sent */
+	STATE_SEEN = 1,
+	STATE_DATA = 2, /* TCP: anything beyond the handshake's first packet */
+	STATE_FIN = 4,
+	STATE_RST = 8,
+};
+
+struct connection {
+	struct flow to;
+	__u32 seen_s;
+	__u32 service; /* the Service port that chose the backend, or 0 */
+	__u8 state;
+	__u8 flags;
+	__u8 pad[6];
+};
+
+#define SLOT_CURRENT 0
+#define SLOT_RETIRING 1
+
+GROWING_MAP(connections, 2, BPF_MAP_TYPE_HASH, struct flow, struct connection, BPF_F_NO_PREALLOC);
+
+/* Ports that masquerading hands out: outside of the node's own range of outgoing ports. */
+const volatile __u16 first_port = 61000;
+const volatile __u16 port_count = 4536;
+
+#define PORT_TRIES 32
+
+static __always_inline struct connection *find_connection(const struct flow *flow)
+{
+	__u32 slot = SLOT_CURRENT;
+	struct connection *found = NULL;
+	void *map = bpf_map_lookup_elem(&connections, &slot);
+
+	if (map)
+		found = bpf_map_lookup_elem(map, flow);
+	if (found)
+		return found;
+	slot = SLOT_RETIRING;
+	map = bpf_map_lookup_elem(&connections, &slot);
+	return map ? bpf_map_lookup_elem(map, flow) : NULL;
+}
+
+static __always_inline void forget_connection(const struct flow *flow)
+{
+	for (__u32 slot = SLOT_CURRENT; slot <= SLOT_RETIRING; slot++) {
+		__u32 key = slot;
+		void *map = bpf_map_lookup_elem(&connections, &key);
+
+		if (map)
+			bpf_map_delete_elem(map, flow);
+	}
+}
+
+static __always_inline __u8 tcp_state(__u8 tcp_flags)
+{
+	__u8 state = STATE_SEEN;
+
+	if (!(tcp_flags & TCP_SYN))
+		state |= STATE_DATA;
+	if (tcp_flags & TCP_FIN)
+		state |= STATE_FIN;
+	if (tcp_flags & TCP_RST)
+		state |= STATE_RST;
+	return state;
+}
+
+static __always_inline __u8 packet_state(const struct packet *p)
+{
+	return p->flow.protocol == IPPROTO_TCP ? tcp_state(p->tcp_flags) : STATE_SEEN;
+}
+
+/* Note a packet. Writes only what changed: the entry is shared between CPUs. */
+static __always_inline void touch(struct connection *connection, const struct packet *p)
+{
+	__u8 state = connection->state | packet_state(p);
+	__u32 now = now_seconds();
+
+	if (connection->state != state)
+		connection->state = state;
+	if (connection->seen_s != now)
+		connection->seen_s = now;
+}
+
+static __always_inline bool is_closed(const struct connection *connection)
+{
+	return connection->state & (STATE_FIN | STATE_RST);
+}
+
+/* A SYN on a connection that ended: the client uses its port again, for a new one. */
+static __always_inline bool is_reopened(const struct connection *connection, const struct packet *p)
+{
+	return p->flow.protocol == IPPROTO_TCP &&
+	       (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && is_closed(connection);
+}
+
+struct creation {
+	struct flow key; /* of the direction being written */
+	struct connection value;
+};
+
+/* Write the entry of the answers; false when another connection has this key. */
+static __always_inline int claim_answers(void *map, struct creation *c, const struct flow *original,
+					 const struct flow *to)
+{
+	struct connection *other;
+	int error;
+
+	reverse(&c->key, to);
+	reverse(&c->value.to, original);
+	c->value.flags |= CONNECTION_REPLY;
+	c->value.state = 0;
+	error = bpf_map_update_elem(map, &c->key, &c->value, BPF_NOEXIST);
+	if (error != -ERROR_EXIST)
+		return error;
+	other = bpf_map_lookup_elem(map, &c->key);
+	if (!other || (!is_closed(other) && __builtin_memcmp(&other->to, &c->value.to, sizeof(other->to))))
+		return -ERROR_EXIST;
+	return bpf_map_update_elem(map, &c->key, &c->value, BPF_ANY);
+}
+
+/* Record that packets like `p` become `to` and answers the reverse. When `ports`, or when another
+ * connection is in the way, `to` gets a source port of ours. 0, or the reason why it cannot be. */
+static __always_inline enum reason create_connection(struct creation *c, const struct packet *p,
+						     struct flow *to, __u32 service, __u8 flags,
+						     bool ports)
+{
+	void *map = current_map(&connections);
+	__u32 start = bpf_get_prandom_u32();
+	int error = -ERROR_EXIST;
+	__u32 tries = 0;
+
+	if (!map)
+		return REASON_CONNECTIONS_FULL;
+	__builtin_memset(c, 0, sizeof(*c));
+	c->value.seen_s = now_seconds();
+	c->value.service = service;
+	c->value.flags = flags;
+	if (!ports)
+		error = claim_answers(map, c, &p->flow, to);
+	while (error == -ERROR_EXIST && tries < PORT_TRIES) {
+		to->source_port = bpf_htons(first_port + (start + tries * 7) % port_count);
+		if (to->protocol == IPPROTO_ICMP || to->protocol == IPPROTO_ICMPV6)
+			to->destination_port = to->source_port;
+		c->value.flags |= CONNECTION_TRANSLATED;
+		error = claim_answers(map, c, &p->flow, to);
+		tries++;
+	}
+	if (error)
+		return error == -ERROR_EXIST ? REASON_PORTS_EXHAUSTED : REASON_CONNECTIONS_FULL;
+	c->value.to = *to;
+	c->value.flags &= ~CONNECTION_REPLY;
+	c->value.state = packet_state(p);
+	if (bpf_map_update_elem(map, &p->flow, &c->value, BPF_ANY)) {
+		bpf_map_delete_elem(map, &c->key);
+		return REASON_CONNECTIONS_FULL;
+	}
+	return 0;
+}

@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* What user space hears of: counters of every outcome, and a ring buffer of refused packets. */
+#pragma once
+
+#include "address.h"
+
+/* Why a packet ended here, or what was done to it. Names are those of `podwire bpf status`. */
+enum reason {
+	REASON_FORWARDED, /* left by our own look-up */
+	REASON_TRANSLATED, /* new connections that a Service or masquerade changed */
+	REASON_REJECTED, /* no endpoints, or a port that its ClusterIP lacks: the client is told */
+	REASON_NO_LOCAL_ENDPOINT,
+	REASON_UNALLOCATED, /* an address of a Service range that no Service has */
+	REASON_SOURCE_RANGE, /* outside loadBalancerSourceRanges */
+	REASON_SPOOFED,
+	REASON_POLICY,
+	REASON_POLICY_AUDIT, /* policy would have refused it */
+	REASON_CONNECTIONS_FULL,
+	REASON_PORTS_EXHAUSTED,
+	REASON_FRAGMENT_LOST, /* its first fragment was not seen */
+	REASON_BROKEN,
+	REASON_WRITE_FAILED,
+	REASON_NO_ROUTE,
+	REASON_TOO_BIG,
+	REASON_AFFINITY_FULL,
+	REASON_EVENTS_LOST,
+	REASON_MAX,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, REASON_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 18);
+} events SEC(".maps");
+
+struct event {
+	__u64 time_ns; /* CLOCK_MONOTONIC */
+	__u32 reason;
+	__u32 interface; /* where the packet was seen */
+	__u32 rule; /* the policy rule that decided, or 0 */
+	__u32 source_identity;
+	__u32 destination_identity;
+	__u32 egress; /* whether the egress side decided */
+	struct flow flow; /* after translation of the destination */
+};
+
+static __always_inline void count(enum reason reason)
+{
+	__u32 key = reason;
+	__u64 *counter = bpf_map_lookup_elem(&counters, &key);
+
+	if (counter)
+		*counter += 1;
+}
+
+static __always_inline struct event *begin_event(enum reason reason, __u32 interface,
+						 const struct flow *flow)
+{
+	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
+
+	if (!event) {
+		count(REASON_EVENTS_LOST);
+		return NULL;
+	}
+	event->time_ns = bpf_ktime_get_ns();
+	event->reason = reason;
+	event->interface = interface;
+	event->rule = event->source_identity = event->destination_identity = event->egress = 0;
+	event->flow = *flow;
+	return event;
+}
+
+static __always_inline void report(enum reason reason, __u32 interface, const struct flow *flow)
+{
+	struct event *event = begin_event(reason, interface, flow);
+
+	count(reason);
+	if (event)
+		bpf_ringbuf_submit(event, 0);
+}

@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Where a packet goes: to a pod of this node, by the routing table, or up the stack. */
+#pragma once
+
+#include "conntrack.h"
+#include "rewrite.h"
+
+struct endpoint { /* a pod of this node, found by its address */
+	__u32 interface; /* the host's end of its veth; 0: not wired by us */
+	__u32 pod; /* id in policies; 0: no policy selects it */
+	__u8 mac[6];
+	__u8 host_mac[6];
+	__u32 identity;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct address);
+	__type(value, struct endpoint);
+} endpoints SEC(".maps");
+
+enum interface_flag {
+	INTERFACE_POD = 1, /* sources behind it count as pods (detect-local by interface) */
+};
+
+struct interface {
+	struct address addresses[2]; /* of the pod behind it; zero: none */
+	__u32 flags;
+	__u8 mac[6];
+	__u8 pad[6];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct interface);
+} interfaces SEC(".maps");
+
+const volatile bool with_pods = false;
+
+#ifndef PODWIRE_XDP
+
+static __always_inline int drop(struct __sk_buff *ctx, enum reason reason, const struct flow *flow)
+{
+	report(reason, ctx->ifindex, flow);
+	return TCX_DROP;
+}
+
+/* Hand the packet to the node itself as if it had come in on lo, where its own addresses are no
+ * martians. */
+static __always_inline int to_this_node(struct __sk_buff *ctx)
+{
+	__u8 zero[12] = {};
+
+	store_bytes(ctx, 0, zero, sizeof(zero));
+	return bpf_redirect(LOOPBACK, BPF_F_INGRESS);
+}
+
+/* Straight into the pod, without the backlog queue. Only from tcx ingress. */
+static __always_inline int to_pod(struct __sk_buff *ctx, const struct packet *p,
+				  const struct endpoint *endpoint)
+{
+	if (p->ttl <= 1)
+		return TCX_NEXT; /* the stack answers "time exceeded" */
+	if (decrement_ttl(ctx, p) || store_bytes(ctx, 0, endpoint->mac, 6) ||
+	    store_bytes(ctx, 6, endpoint->host_mac, 6))
+		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
+	return bpf_redirect_peer(endpoint->interface, 0);
+}
+
+static __always_inline int to_neighbour(const struct bpf_fib_lookup *route)
+{
+	struct bpf_redir_neigh next = { .nh_family = route->family };
+
+	if (route->family == AF_INET)
+		next.ipv4_nh = route->ipv4_dst;
+	else
+		__builtin_memcpy(next.ipv6_nh, route->ipv6_dst, 16);
+	return bpf_redirect_neigh(route->ifindex, &next, sizeof(next), 0);
+}
+
+/* By the routing table, past the stack. `from` is the interface the packet came in by. */
+static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *p, __u32 from)
+{
+	struct bpf_fib_lookup route = { .ifindex = from };
+	int found;
+
+	if (p->ipv4) {
+		route.family = AF_INET;
+		route.ipv4_src = p->flow.source.words[3];
+		route.ipv4_dst = p->flow.destination.words[3];
+	} else {
+		route.family = AF_INET6;
+		__builtin_memcpy(route.ipv6_src, &p->flow.source, 16);
+		__builtin_memcpy(route.ipv6_dst, &p->flow.destination, 16);
+	}
+	found = bpf_fib_lookup(ctx, &route, sizeof(route), 0);
+	switch (found) {
+	case BPF_FIB_LKUP_RET_SUCCESS:
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
+		break;
+	case BPF_FIB_LKUP_RET_NOT_FWDED:
+		return to_this_node(ctx);
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		return drop(ctx, REASON_TOO_BIG, &p->flow);
+	default:
+		return drop(ctx, REASON_NO_ROUTE, &p->flow);
+	}
+	if (p->ttl <= 1)
+		return TCX_NEXT;
+	if (decrement_ttl(ctx, p))
+		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
+	count(REASON_FORWARDED);
+	if (found == BPF_FIB_LKUP_RET_NO_NEIGH)
+		return to_neighbour(&route);
+	if (store_bytes(ctx, 0, route.dmac, 6) || store_bytes(ctx, 6, route.smac, 6))
+		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
+	return bpf_redirect(route.ifindex, 0);
+}
+
+#endif

@@ -1,0 +1,197 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* From bytes to a flow. Reads by copying: works on any packet layout, in tcx and XDP alike. */
+#pragma once
+
+#include "address.h"
+
+#ifdef PODWIRE_XDP
+#define load_bytes bpf_xdp_load_bytes
+#define store_bytes bpf_xdp_store_bytes
+#else
+#define load_bytes bpf_skb_load_bytes
+#define store_bytes(ctx, offset, from, size) bpf_skb_store_bytes(ctx, offset, from, size, 0)
+#endif
+
+enum packet_kind {
+	PACKET_FLOW = 1, /* has ports, or an echo id */
+	PACKET_ICMP_ERROR, /* quotes another packet */
+	PACKET_OTHER, /* a flow without ports */
+	PACKET_FOREIGN, /* not IP: ARP and the like */
+	PACKET_BROKEN,
+};
+
+enum fragment { FRAGMENT_NONE, FRAGMENT_FIRST, FRAGMENT_LATER };
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+struct packet {
+	struct flow flow;
+	__u32 fragment_id;
+	__u16 network; /* offset of the IP header */
+	__u16 transport; /* offset behind it and its extensions */
+	__u16 checksum; /* offset of a checksum that covers the addresses, or 0 */
+	__u16 length; /* transport header and payload, in bytes */
+	__u8 ipv4;
+	__u8 kind;
+	__u8 fragment;
+	__u8 tcp_flags;
+	__u8 ttl;
+	__u8 icmp_type;
+	__u8 pad[2];
+};
+
+static __always_inline void parse_icmp(CONTEXT *ctx, struct packet *p)
+{
+	struct { __u8 type, code; __be16 checksum, id, sequence; } icmp;
+	bool echo, error;
+
+	p->kind = PACKET_OTHER;
+	if (p->fragment == FRAGMENT_LATER)
+		return;
+	if (load_bytes(ctx, p->transport, &icmp, sizeof(icmp))) {
+		p->kind = PACKET_BROKEN;
+		return;
+	}
+	p->icmp_type = icmp.type;
+	if (p->ipv4) {
+		echo = icmp.type == ICMP_ECHO || icmp.type == ICMP_ECHO_REPLY;
+		error = icmp.type == ICMP_UNREACHABLE || icmp.type == ICMP_TIME_EXCEEDED ||
+			icmp.type == ICMP_PARAMETER_PROBLEM;
+	} else {
+		p->checksum = p->transport + 2;
+		echo = icmp.type == ICMPV6_ECHO || icmp.type == ICMPV6_ECHO_REPLY;
+		error = icmp.type >= ICMPV6_UNREACHABLE && icmp.type <= ICMPV6_PARAMETER_PROBLEM;
+	}
+	if (echo) {
+		p->kind = PACKET_FLOW;
+		p->flow.source_port = p->flow.destination_port = icmp.id;
+	} else if (error) {
+		p->kind = PACKET_ICMP_ERROR;
+	}
+}
+
+static __always_inline void parse_transport(CONTEXT *ctx, struct packet *p)
+{
+	struct { __be16 source, destination; __u8 rest[9], flags; } head = {};
+	__u8 protocol = p->flow.protocol;
+
+	p->kind = PACKET_OTHER;
+	if (protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6) {
+		parse_icmp(ctx, p);
+		return;
+	}
+	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != IPPROTO_SCTP)
+		return;
+	p->kind = PACKET_FLOW;
+	if (p->fragment == FRAGMENT_LATER)
+		return;
+	if (load_bytes(ctx, p->transport, &head, protocol == IPPROTO_TCP ? 14 : 4)) {
+		p->kind = PACKET_BROKEN;
+		return;
+	}
+	p->flow.source_port = head.source;
+	p->flow.destination_port = head.destination;
+	if (protocol == IPPROTO_TCP) {
+		p->tcp_flags = head.flags;
+		p->checksum = p->transport + 16;
+	} else if (protocol == IPPROTO_UDP) {
+		p->checksum = p->transport + 6;
+	}
+}
+
+static __always_inline void parse_ipv4(CONTEXT *ctx, struct packet *p)
+{
+	struct iphdr ip;
+	__u16 fragment;
+
+	if (load_bytes(ctx, p->network, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5) {
+		p->kind = PACKET_BROKEN;
+		return;
+	}
+	p->ipv4 = 1;
+	p->ttl = ip.ttl;
+	set_ipv4(&p->flow.source, ip.saddr);
+	set_ipv4(&p->flow.destination, ip.daddr);
+	p->flow.protocol = ip.protocol;
+	p->transport = p->network + ip.ihl * 4;
+	p->length = bpf_ntohs(ip.tot_len) - ip.ihl * 4;
+	fragment = bpf_ntohs(ip.frag_off) & 0x3fff;
+	if (fragment)
+		p->fragment = fragment & 0x1fff ? FRAGMENT_LATER : FRAGMENT_FIRST;
+	p->fragment_id = ip.id;
+	parse_transport(ctx, p);
+}
+
+#define IPV6_EXTENSIONS 6
+
+static __always_inline void parse_ipv6(CONTEXT *ctx, struct packet *p)
+{
+	struct ipv6hdr ip;
+	struct { __u8 next, length; __be16 offset; __be32 id; } extension;
+	__u16 at = p->network + sizeof(ip);
+	__u8 next;
+
+	if (load_bytes(ctx, p->network, &ip, sizeof(ip)) || ip.version != 6) {
+		p->kind = PACKET_BROKEN;
+		return;
+	}
+	p->ttl = ip.hop_limit;
+	__builtin_memcpy(&p->flow.source, &ip.saddr, 16);
+	__builtin_memcpy(&p->flow.destination, &ip.daddr, 16);
+	next = ip.nexthdr;
+	for (int i = 0; i < IPV6_EXTENSIONS; i++) {
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != IPPROTO_FRAGMENT && next != IPPROTO_AH)
+			break;
+		if (load_bytes(ctx, at, &extension, sizeof(extension))) {
+			p->kind = PACKET_BROKEN;
+			return;
+		}
+		if (next == IPPROTO_FRAGMENT) {
+			__u16 offset = bpf_ntohs(extension.offset);
+
+			if (offset & 0xfff9)
+				p->fragment = offset & 0xfff8 ? FRAGMENT_LATER : FRAGMENT_FIRST;
+			p->fragment_id = extension.id;
+			at += 8;
+		} else if (next == IPPROTO_AH) {
+			at += (extension.length + 2) * 4;
+		} else {
+			at += (extension.length + 1) * 8;
+		}
+		next = extension.next;
+		if (p->fragment == FRAGMENT_LATER)
+			break;
+	}
+	p->flow.protocol = next;
+	p->transport = at;
+	p->length = bpf_ntohs(ip.payload_len) - (at - p->network - sizeof(ip));
+	parse_transport(ctx, p);
+}
+
+/* Fill `p` from the packet whose IP header is at `network`. */
+static __always_inline void parse_at(CONTEXT *ctx, struct packet *p, __u16 network, bool ipv4)
+{
+	__builtin_memset(p, 0, sizeof(*p));
+	p->network = network;
+	if (ipv4)
+		parse_ipv4(ctx, p);
+	else
+		parse_ipv6(ctx, p);
+}
+
+static __always_inline void parse(CONTEXT *ctx, struct packet *p)
+{
+	__be16 type = 0;
+
+	p->kind = PACKET_BROKEN;
+	if (load_bytes(ctx, 12, &type, 2))
+		return;
+	if (type == bpf_htons(ETH_P_IP) || type == bpf_htons(ETH_P_IPV6))
+		parse_at(ctx, p, ETH_HLEN, type == bpf_htons(ETH_P_IP));
+	else
+		p->kind = PACKET_FOREIGN;
+}

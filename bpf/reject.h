@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Telling a client that its packet is refused: a reset for TCP, ICMP port unreachable for the rest
+ * (RFC 9293, RFC 792, RFC 4443).
+ *
+ * kube-proxy sends ICMP for TCP, too; but a kernel that is still inside connect() takes ICMP only as a
+ * hint and the client waits for a second, while a reset is acted on at once.
+ */
+#pragma once
+
+#include <linux/tcp.h>
+
+#include "forward.h"
+
+struct refusal {
+	union {
+		struct iphdr ipv4;
+		struct ipv6hdr ipv6;
+	};
+	union {
+		struct tcphdr tcp;
+		struct {
+			__u8 type, code;
+			__be16 checksum;
+			__be32 rest;
+			__u8 quote[64];
+		} icmp;
+	};
+};
+
+#define ICMP_HEAD 8
+
+/* The IP header, and the sum that its addresses add to a transport checksum. */
+static __always_inline __u32 refusal_head(struct refusal *r, const struct packet *p, __u8 protocol,
+					  __u16 length)
+{
+	if (!p->ipv4) {
+		r->ipv6.version = 6;
+		r->ipv6.payload_len = bpf_htons(length);
+		r->ipv6.nexthdr = protocol;
+		r->ipv6.hop_limit = 64;
+		__builtin_memcpy(&r->ipv6.saddr, &p->flow.destination, 16);
+		__builtin_memcpy(&r->ipv6.daddr, &p->flow.source, 16);
+		return bpf_csum_diff(NULL, 0, (__be32 *)&r->ipv6.saddr, 32, bpf_htonl(length + protocol));
+	}
+	r->ipv4.version = 4;
+	r->ipv4.ihl = 5;
+	r->ipv4.tot_len = bpf_htons(sizeof(r->ipv4) + length);
+	r->ipv4.ttl = 64;
+	r->ipv4.protocol = protocol;
+	r->ipv4.saddr = p->flow.destination.words[3];
+	r->ipv4.daddr = p->flow.source.words[3];
+	r->ipv4.check = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&r->ipv4, sizeof(r->ipv4), 0));
+	return bpf_csum_diff(NULL, 0, &r->ipv4.saddr, 8, bpf_htonl(length + protocol));
+}
+
+/* Cut the packet to a reset. */
+static __always_inline int make_reset(struct __sk_buff *ctx, const struct packet *p, struct refusal *r)
+{
+	__u32 addresses = refusal_head(r, p, IPPROTO_TCP, sizeof(r->tcp));
+	struct tcphdr old;
+
+	if (load_bytes(ctx, p->transport, &old, sizeof(old)) ||
+	    bpf_skb_change_tail(ctx, p->transport + sizeof(old), 0))
+		return -1;
+	r->tcp.source = old.dest;
+	r->tcp.dest = old.source;
+	r->tcp.doff = 5;
+	r->tcp.rst = 1;
+	if (old.ack) {
+		r->tcp.seq = old.ack_seq;
+	} else {
+		r->tcp.ack = 1;
+		r->tcp.ack_seq = bpf_htonl(bpf_ntohl(old.seq) + old.syn);
+	}
+	r->tcp.check = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&r->tcp, sizeof(r->tcp), addresses));
+	return store_bytes(ctx, p->transport, &r->tcp, sizeof(r->tcp));
+}
+
+/* Put the ICMP error in front of the start of the packet: a SCTP INIT is recognised by its chunk (20
+ * bytes of transport), others by 8. */
+static __always_inline int make_icmp(struct __sk_buff *ctx, const struct packet *p, struct refusal *r)
+{
+	__u32 head = p->transport - p->network;
+	__u32 quote = head + (p->flow.protocol == IPPROTO_SCTP ? 20 : 8);
+	__u32 sum;
+	int error;
+
+	if (p->length + head < quote)
+		return -1;
+	if (p->ipv4)
+		error = quote == 40 ? load_bytes(ctx, p->network, r->icmp.quote, 40) :
+				      load_bytes(ctx, p->network, r->icmp.quote, 28);
+	else
+		error = quote == 60 ? load_bytes(ctx, p->network, r->icmp.quote, 60) :
+				      load_bytes(ctx, p->network, r->icmp.quote, 48);
+	if (error || bpf_skb_change_tail(ctx, p->network + quote, 0) ||
+	    bpf_skb_adjust_room(ctx, head + ICMP_HEAD, BPF_ADJ_ROOM_MAC, 0))
+		return -1;
+	sum = refusal_head(r, p, p->ipv4 ? IPPROTO_ICMP : IPPROTO_ICMPV6, ICMP_HEAD + quote);
+	r->icmp.type = p->ipv4 ? ICMP_UNREACHABLE : ICMPV6_UNREACHABLE;
+	r->icmp.code = p->ipv4 ? ICMP_PORT_UNREACHABLE_CODE : ICMPV6_PORT_UNREACHABLE_CODE;
+	r->icmp.checksum = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&r->icmp, ICMP_HEAD + 64,
+					       p->ipv4 ? 0 : sum));
+	return store_bytes(ctx, p->transport, &r->icmp, ICMP_HEAD);
+}
+
+/* Turn the packet into its refusal and send it back. `egress`: it came from this node's own stack.
+ * One with IP options or extensions is dropped: what it quotes would not fit. */
+static __always_inline int refuse(struct __sk_buff *ctx, const struct packet *p, struct refusal *r,
+				  bool egress)
+{
+	struct { __u8 to[6], from[6]; } old, new;
+	int error;
+
+	report(REASON_REJECTED, ctx->ifindex, &p->flow);
+	if (p->transport != p->network + (p->ipv4 ? sizeof(r->ipv4) : sizeof(r->ipv6)) ||
+	    load_bytes(ctx, 0, &old, sizeof(old)))
+		return TCX_DROP;
+	__builtin_memset(r, 0, sizeof(*r));
+	error = p->flow.protocol == IPPROTO_TCP ? make_reset(ctx, p, r) : make_icmp(ctx, p, r);
+	__builtin_memcpy(new.to, old.from, 6);
+	__builtin_memcpy(new.from, old.to, 6);
+	error |= store_bytes(ctx, 0, &new, sizeof(new));
+	if (p->ipv4)
+		error |= store_bytes(ctx, p->network, &r->ipv4, sizeof(r->ipv4));
+	else
+		error |= store_bytes(ctx, p->network, &r->ipv6, sizeof(r->ipv6));
+	if (error)
+		return TCX_DROP;
+	return bpf_redirect(ctx->ifindex, egress ? BPF_F_INGRESS : 0);
+}

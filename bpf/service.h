@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Services: which frontend a packet addresses, and which backend it gets.
+ *
+ * A frontend names two runs of slots in one array of backends: the cluster's and this node's. User
+ * space writes a new run first and then points the frontend to it in one update, so that no packet
+ * sees a half-written list; freed runs are reused only after a grace period.
+ */
+#pragma once
+
+#include "address.h"
+#include "events.h"
+
+enum frontend_flag {
+	FRONTEND_EXTERNAL = 1, /* NodePort, externalIP, load balancer IP: policy "external" holds */
+	FRONTEND_LOCAL = 2, /* its traffic policy is Local */
+	FRONTEND_RANGED = 4, /* loadBalancerSourceRanges hold */
+	FRONTEND_MASQUERADE = 8, /* whoever asks */
+	FRONTEND_HAS_ENDPOINTS = 16, /* somewhere: an empty list drops; without, it rejects */
+	FRONTEND_MAGLEV = 32, /* lists are Maglev tables: the flow's hash chooses */
+	FRONTEND_DSR = 64, /* backends on other nodes answer the client themselves */
+};
+
+struct frontend_key {
+	struct address address; /* 0.0.0.0 or :: for every address that serves NodePorts */
+	__be16 port;
+	__u8 protocol;
+	__u8 pad[5];
+};
+
+struct slots {
+	__u32 first;
+	__u32 count;
+};
+
+struct frontend {
+	__u32 service; /* id of the Service port: affinity, ranges and members go by it */
+	__u32 flags;
+	__u32 affinity_s; /* 0: no session affinity */
+	struct slots cluster;
+	struct slots local;
+};
+
+struct backend {
+	struct address address;
+	__be16 port;
+	__u16 flags;
+	__u32 service; /* whose slot it is: a frontend that names another's is being replaced */
+};
+#define BACKEND_THIS_NODE 1 /* an address of this node: delivered here, never masqueraded */
+
+enum address_flag {
+	ADDRESS_CLUSTER_IP = 1, /* a port that is not defined is refused */
+	ADDRESS_NODE = 2, /* an address of this node */
+	ADDRESS_NODE_PORT = 4, /* serves NodePorts */
+	ADDRESS_SERVICE = 8, /* has frontends of its own */
+};
+
+enum prefix_flag {
+	PREFIX_LOCAL_PODS = 1, /* sources that count as pods (detect-local by CIDR) */
+	PREFIX_SERVICES = 2, /* where ClusterIPs are allocated */
+	PREFIX_CLUSTER = 4, /* inside the cluster: not masqueraded */
+};
+
+struct prefix_key {
+	__u32 length; /* 32 and the prefix's */
+	__u32 pad;
+	struct address address;
+};
+
+struct range_key {
+	__u32 length; /* 32 and the prefix's */
+	__u32 service;
+	struct address address;
+};
+
+struct member_key {
+	struct address address;
+	__u32 service;
+	__be16 port;
+	__u16 local; /* 1: member of this node's list, 0: of the cluster's */
+};
+
+struct affinity_key {
+	struct address client;
+	__u32 service;
+	__u32 pad;
+};
+
+struct affinity {
+	struct address address;
+	__be16 port;
+	__u16 pad;
+	__u32 seen_s;
+	__u32 timeout_s;
+	__u32 pad2;
+};
+
+GROWING_MAP(frontends, 1, BPF_MAP_TYPE_HASH, struct frontend_key, struct frontend, BPF_F_NO_PREALLOC);
+GROWING_MAP(backends, 1, BPF_MAP_TYPE_ARRAY, __u32, struct backend, BPF_F_INNER_MAP);
+GROWING_MAP(members, 1, BPF_MAP_TYPE_HASH, struct member_key, __u8, BPF_F_NO_PREALLOC);
+GROWING_MAP(addresses, 1, BPF_MAP_TYPE_HASH, struct address, __u32, BPF_F_NO_PREALLOC);
+GROWING_MAP(ranges, 1, BPF_MAP_TYPE_LPM_TRIE, struct range_key, __u8, BPF_F_NO_PREALLOC);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct prefix_key);
+	__type(value, __u32);
+} prefixes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} affinities SEC(".maps");
+
+enum origin { ORIGIN_POD, ORIGIN_NODE, ORIGIN_OUTSIDE };
+
+enum detect_local { DETECT_NONE, DETECT_CIDR, DETECT_INTERFACE }; /* how pods are told */
+
+struct settings {
+	struct address node[2]; /* what masquerading puts as source: IPv4, IPv6; zero: none */
+	__u32 detect_local;
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct settings);
+} settings SEC(".maps");
+
+const volatile bool with_services = true;
+
+enum verdict { VERDICT_NONE, VERDICT_TRANSLATE, VERDICT_REJECT, VERDICT_DROP };
+
+struct choice {
+	struct backend backend;
+	__u32 service;
+	__u32 reason; /* of VERDICT_DROP */
+	bool masquerade;
+	bool dsr;
+	bool local; /* the node's own list was used */
+};
+
+static __always_inline const struct settings *current_settings(void)
+{
+	__u32 first = 0;
+
+	return bpf_map_lookup_elem(&settings, &first);
+}
+
+static __always_inline __u32 address_flags(const struct address *address)
+{
+	void *map = current_map(&addresses);
+	__u32 *flags = map ? bpf_map_lookup_elem(map, address) : NULL;
+
+	return flags ? *flags : 0;
+}
+
+static __always_inline __u32 prefix_flags(const struct address *address)
+{
+	struct prefix_key key = { .length = 160, .address = *address };
+	__u32 *flags = bpf_map_lookup_elem(&prefixes, &key);
+
+	return flags ? *flags : 0;
+}
+
+static __always_inline struct frontend *find_frontend(const struct flow *flow, __u32 flags)
+{
+	struct frontend_key key = {
+		.address = flow->destination,
+		.port = flow->destination_port,
+		.protocol = flow->protocol,
+	};
+	void *map = current_map(&frontends);
+	struct frontend *found;
+
+	if (!map)
+		return NULL;
+	found = bpf_map_lookup_elem(map, &key);
+	if (found || !(flags & ADDRESS_NODE_PORT))
+		return found;
+	if (is_ipv4(&key.address))
+		key.address.words[3] = 0;
+	else
+		__builtin_memset(&key.address, 0, sizeof(key.address));
+	return bpf_map_lookup_elem(map, &key);
+}
+
+static __always_inline bool in_ranges(const struct frontend *frontend, const struct address *source)
+{
+	struct range_key key = { .length = 160, .service = frontend->service, .address = *source };
+	void *map = current_map(&ranges);
+
+	return map && bpf_map_lookup_elem(map, &key);
+}
+
+static __always_inline bool is_member(__u32 service, bool local, const struct address *address,
+				      __be16 port)
+{
+	struct member_key key = {
+		.service = service, .address = *address, .port = port, .local = local
+	};
+	void *map = current_map(&members);
+
+	return map && bpf_map_lookup_elem(map, &key);
+}
+
+/* A number that is the same for the same flow on every node. */
+static __always_inline __u32 flow_hash(const struct flow *flow, bool with_ports)
+{
+	__u64 hash = flow->source.halves[0] * 0x9e3779b97f4a7c15ULL ^ flow->source.halves[1];
+
+	hash = (hash ^ (hash >> 32)) * 0xd6e8feb86659fd93ULL;
+	hash ^= flow->destination.halves[0] ^ flow->destination.halves[1] ^ flow->protocol;
+	if (with_ports)
+		hash ^= (__u64)flow->source_port << 48 | (__u64)flow->destination_port << 32;
+	hash = (hash ^ (hash >> 32)) * 0xd6e8feb86659fd93ULL;
+	return hash ^ (hash >> 32);
+}
+
+static __always_inline bool pick(const struct flow *flow, const struct frontend *frontend,
+				 const struct slots *list, struct backend *out)
+{
+	void *map = current_map(&backends);
+	struct backend *found;
+	__u32 number, slot;
+
+	if (!map || !list->count)
+		return false;
+	if (frontend->flags & FRONTEND_MAGLEV)
+		number = flow_hash(flow, !frontend->affinity_s);
+	else
+		number = bpf_get_prandom_u32();
+	slot = list->first + number % list->count;
+	found = bpf_map_lookup_elem(map, &slot);
+	if (!found || found->service != frontend->service)
+		return false;
+	*out = *found;
+	return true;
+}
+
+/* The backend that `client` had, when it is young enough and still there. */
+static __always_inline bool recall(const struct frontend *frontend, bool local,
+				   const struct affinity_key *key, struct backend *out)
+{
+	struct affinity *last = bpf_map_lookup_elem(&affinities, key);
+	__u32 now = now_seconds();
+
+	if (!last || now - last->seen_s > frontend->affinity_s ||
+	    !is_member(key->service, local, &last->address, last->port))
+		return false;
+	last->seen_s = now;
+	out->address = last->address;
+	out->port = last->port;
+	out->flags = address_flags(&out->address) & ADDRESS_NODE ? BACKEND_THIS_NODE : 0;
+	return true;
+}
+
+static __always_inline void remember(const struct affinity_key *key, const struct backend *chosen,
+				     __u32 timeout_s)
+{
+	struct affinity value = {
+		.address = chosen->address,
+		.port = chosen->port,
+		.seen_s = now_seconds(),
+		.timeout_s = timeout_s,
+	};
+
+	/* a full table still balances; it is counted and shown */
+	if (bpf_map_update_elem(&affinities, key, &value, BPF_ANY))
+		count(REASON_AFFINITY_FULL);
+}
+
+/* Whether policy Local binds this packet: pods and the node itself use the whole cluster's list. */
+static __always_inline bool uses_local_list(const struct frontend *frontend, enum origin origin)
+{
+	if (!(frontend->flags & FRONTEND_LOCAL))
+		return false;
+	return !(frontend->flags & FRONTEND_EXTERNAL) || origin == ORIGIN_OUTSIDE;
+}
+
+static __always_inline bool is_masqueraded(const struct frontend *frontend, enum origin origin)
+{
+	const struct settings *current = current_settings();
+
+	if (frontend->flags & FRONTEND_MASQUERADE)
+		return true;
+	if (!(frontend->flags & FRONTEND_EXTERNAL))
+		return origin != ORIGIN_POD && current && current->detect_local != DETECT_NONE;
+	return !(frontend->flags & FRONTEND_LOCAL) || origin == ORIGIN_NODE;
+}
+
+/* What becomes of the first packet of `flow`. `client` stands for the sender in affinity. */
+static __always_inline enum verdict choose(const struct flow *flow, enum origin origin,
+					   const struct address *client, struct choice *out)
+{
+	__u32 flags = address_flags(&flow->destination);
+	struct frontend *frontend;
+	bool local;
+
+	out->reason = REASON_UNALLOCATED;
+	if (!flags)
+		return prefix_flags(&flow->destination) & PREFIX_SERVICES ? VERDICT_DROP : VERDICT_NONE;
+	frontend = find_frontend(flow, flags);
+	if (!frontend)
+		return flags & ADDRESS_CLUSTER_IP ? VERDICT_REJECT : VERDICT_NONE;
+
+	out->reason = REASON_SOURCE_RANGE;
+	if (frontend->flags & FRONTEND_RANGED && !in_ranges(frontend, &flow->source))
+		return VERDICT_DROP;
+	out->service = frontend->service;
+	out->local = local = uses_local_list(frontend, origin);
+	if (!(local ? frontend->local.count : frontend->cluster.count)) {
+		out->reason = REASON_NO_LOCAL_ENDPOINT;
+		return frontend->flags & FRONTEND_HAS_ENDPOINTS ? VERDICT_DROP : VERDICT_REJECT;
+	}
+	if (frontend->affinity_s) {
+		struct affinity_key key = { .service = frontend->service, .client = *client };
+
+		if (!recall(frontend, local, &key, &out->backend)) {
+			if (!pick(flow, frontend, local ? &frontend->local : &frontend->cluster,
+				  &out->backend))
+				return VERDICT_REJECT;
+			remember(&key, &out->backend, frontend->affinity_s);
+		}
+	} else if (!pick(flow, frontend, local ? &frontend->local : &frontend->cluster,
+			 &out->backend)) {
+		return VERDICT_REJECT;
+	}
+	out->masquerade = is_masqueraded(frontend, origin) ||
+			  same_address(&out->backend.address, &flow->source);
+	out->dsr = frontend->flags & FRONTEND_DSR;
+	if (out->backend.flags & BACKEND_THIS_NODE)
+		out->masquerade = false;
+	return VERDICT_TRANSLATE;
+}

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* Services at the socket: a process that connects to a frontend is connected to a backend instead, and
+ * its packets need no translation at all. IPv4 and IPv6 (and IPv4 through IPv6 sockets) are one code.
+ *
+ * A socket of a pod is left to tcx when the translation would need masquerading, because only there
+ * can the source be changed; for the node's own processes the kernel picks a node address anyway.
+ * Programs here run in processes, where another may take the CPU: they keep all state on the stack.
+ */
+#define PODWIRE_NO_PACKETS
+#include "service.h"
+
+char _license[] SEC("license") = "Dual BSD/GPL";
+
+const volatile __u64 node_netns_cookie = 0; /* which sockets are the node's own; 0: none */
+
+struct remote {
+	struct address address;
+	__be16 port;
+	__u8 pad[6];
+};
+
+/* What a connected socket was meant to reach. Lives and dies with the socket. */
+struct origin_of_socket {
+	struct remote frontend;
+	struct remote backend;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct origin_of_socket);
+} socket_origins SEC(".maps");
+
+/* Unconnected UDP: per socket and remote, the other name of it. `outward`: from frontend to the backend
+ * it got, so that one socket stays with one backend; otherwise back. The oldest go first: a socket may
+ * have thousands of remotes. */
+struct datagram_key {
+	__u64 cookie;
+	struct remote remote;
+	__u32 outward;
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct datagram_key);
+	__type(value, struct remote);
+} datagrams SEC(".maps");
+
+static __always_inline void read_remote(const struct bpf_sock_addr *ctx, bool ipv4, struct remote *r)
+{
+	__builtin_memset(r, 0, sizeof(*r));
+	if (ipv4) {
+		set_ipv4(&r->address, ctx->user_ip4);
+	} else {
+		r->address.words[0] = ctx->user_ip6[0];
+		r->address.words[1] = ctx->user_ip6[1];
+		r->address.words[2] = ctx->user_ip6[2];
+		r->address.words[3] = ctx->user_ip6[3];
+	}
+	r->port = ctx->user_port;
+}
+
+static __always_inline void write_remote(struct bpf_sock_addr *ctx, bool ipv4, const struct remote *r)
+{
+	if (ipv4) {
+		ctx->user_ip4 = r->address.words[3];
+	} else {
+		ctx->user_ip6[0] = r->address.words[0];
+		ctx->user_ip6[1] = r->address.words[1];
+		ctx->user_ip6[2] = r->address.words[2];
+		ctx->user_ip6[3] = r->address.words[3];
+	}
+	ctx->user_port = r->port;
+}
+
+static __always_inline bool same_remote(const struct remote *a, const struct remote *b)
+{
+	return same_address(&a->address, &b->address) && a->port == b->port;
+}
+
+/* What `choose` says of a connection to `frontend`; `backend` is filled when it translates here. */
+static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, const struct remote *frontend,
+						  struct remote *backend)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	bool node = cookie == node_netns_cookie;
+	struct address client = {};
+	struct flow flow = {};
+	struct choice choice = {};
+	enum verdict verdict;
+
+	flow.destination = frontend->address;
+	flow.destination_port = frontend->port;
+	flow.protocol = ctx->protocol;
+	/* the source is not chosen yet; the namespace stands for the client */
+	client.halves[0] = cookie;
+	client.halves[1] = ~0ULL;
+	verdict = choose(&flow, node ? ORIGIN_NODE : ORIGIN_POD, &client, &choice);
+	if (verdict == VERDICT_TRANSLATE && choice.masquerade && !node)
+		return VERDICT_NONE;
+	__builtin_memset(backend, 0, sizeof(*backend));
+	backend->address = choice.backend.address;
+	backend->port = choice.backend.port;
+	return verdict;
+}
+
+static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool ipv4)
+{
+	struct origin_of_socket origin, *kept;
+
+	if (!ctx->sk)
+		return 1;
+	bpf_sk_storage_delete(&socket_origins, ctx->sk);
+	read_remote(ctx, ipv4, &origin.frontend);
+	switch (choose_remote(ctx, &origin.frontend, &origin.backend)) {
+	case VERDICT_TRANSLATE:
+		break;
+	case VERDICT_REJECT:
+		bpf_set_retval(-ERROR_REFUSED);
+		return 0;
+	default:
+		return 1;
+	}
+	kept = bpf_sk_storage_get(&socket_origins, ctx->sk, &origin, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!kept)
+		return 1; /* no memory: tcx translates instead */
+	write_remote(ctx, ipv4, &origin.backend);
+	return 1;
+}
+
+static __always_inline int on_sendmsg(struct bpf_sock_addr *ctx, bool ipv4)
+{
+	struct datagram_key key = { .cookie = bpf_get_socket_cookie(ctx), .outward = 1 };
+	struct remote backend, frontend, *last;
+
+	read_remote(ctx, ipv4, &key.remote);
+	frontend = key.remote;
+	if (!address_flags(&frontend.address))
+		return 1;
+	switch (choose_remote(ctx, &frontend, &backend)) {
+	case VERDICT_TRANSLATE:
+		break;
+	case VERDICT_REJECT:
+		bpf_set_retval(-ERROR_REFUSED);
+		return 0;
+	default:
+		return 1;
+	}
+	last = bpf_map_lookup_elem(&datagrams, &key);
+	if (last) {
+		struct flow flow = { .destination = frontend.address,
+				     .destination_port = frontend.port,
+				     .protocol = IPPROTO_UDP };
+		struct frontend *found = find_frontend(&flow, address_flags(&frontend.address));
+
+		if (found && (is_member(found->service, false, &last->address, last->port) ||
+			      is_member(found->service, true, &last->address, last->port)))
+			backend = *last;
+	}
+	bpf_map_update_elem(&datagrams, &key, &backend, BPF_ANY);
+	key.outward = 0;
+	key.remote = backend;
+	if (bpf_map_update_elem(&datagrams, &key, &frontend, BPF_ANY))
+		return 1;
+	write_remote(ctx, ipv4, &backend);
+	return 1;
+}
+
+/* The sender of a datagram is named as the process knows it. */
+static __always_inline int on_recvmsg(struct bpf_sock_addr *ctx, bool ipv4)
+{
+	struct datagram_key key = { .cookie = bpf_get_socket_cookie(ctx) };
+	struct origin_of_socket *origin;
+	struct remote *frontend;
+
+	read_remote(ctx, ipv4, &key.remote);
+	origin = ctx->sk ? bpf_sk_storage_get(&socket_origins, ctx->sk, NULL, 0) : NULL;
+	if (origin && same_remote(&origin->backend, &key.remote)) {
+		write_remote(ctx, ipv4, &origin->frontend);
+		return 1;
+	}
+	frontend = bpf_map_lookup_elem(&datagrams, &key);
+	if (frontend)
+		write_remote(ctx, ipv4, frontend);
+	return 1;
+}
+
+static __always_inline int on_getpeername(struct bpf_sock_addr *ctx, bool ipv4)
+{
+	struct origin_of_socket *origin;
+	struct remote peer;
+
+	read_remote(ctx, ipv4, &peer);
+	origin = ctx->sk ? bpf_sk_storage_get(&socket_origins, ctx->sk, NULL, 0) : NULL;
+	if (origin && same_remote(&origin->backend, &peer))
+		write_remote(ctx, ipv4, &origin->frontend);
+	return 1;
+}
+
+#define HOOK(name, section)                                                                        \
+	SEC("cgroup/" section "4")                                                                 \
+	int name##4(struct bpf_sock_addr * ctx)                                                    \
+	{                                                                                          \
+		return on_##name(ctx, true);                                                       \
+	}                                                                                          \
+	SEC("cgroup/" section "6")                                                                 \
+	int name##6(struct bpf_sock_addr * ctx)                                                    \
+	{                                                                                          \
+		return on_##name(ctx, false);                                                      \
+	}
+
+HOOK(connect, "connect")
+HOOK(sendmsg, "sendmsg")
+HOOK(recvmsg, "recvmsg")
+HOOK(getpeername, "getpeername")

@@ -1,0 +1,73 @@
+"""The connection table seen from user space: ageing, forgetting, growing, reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from podwire.datapath.ebpf.layout import COLLECT, CONNECTION, FLOW, CollectMode, unmapped
+from podwire.datapath.ebpf.programs import Programs
+from podwire.net import Address
+
+ESTABLISHED_S = 86400  # kube-proxy's --conntrack-tcp-timeout-established
+DATAGRAM_S = 120
+
+
+class Flow(NamedTuple):
+    """One direction of a connection."""
+
+    source: Address
+    destination: Address
+    source_port: int
+    destination_port: int
+    protocol: int
+
+
+class Collected(NamedTuple):
+    """One walk: entries seen, and entries removed (or moved)."""
+
+    walked: int
+    removed: int
+    failed: int
+
+
+class Connections:
+    """Reads and prunes the table; entries are made by the programs alone."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+
+    def expire(self) -> Collected:
+        """Remove what has been silent for too long: TCP a day, closed TCP 30 s, UDP 30 to 120 s."""
+        self._run("collect_affinities", CollectMode.EXPIRE)
+        return self._run("collect", CollectMode.EXPIRE)
+
+    def forget(self, members: Sequence[bytes]) -> Collected:
+        """End UDP flows to these backends (keys of the `members` map, local 0)."""
+        doomed = self._programs.maps["doomed"]
+        doomed.update_batch((member, b"\1") for member in members)
+        try:
+            return self._run("collect", CollectMode.DOOMED)
+        finally:
+            doomed.delete_batch(members)
+
+    def items(self) -> Iterator[tuple[Flow, Flow]]:
+        """What packets look like and what they become, both directions of every connection."""
+        for key, value in self._programs.growing["connections"].map.items():
+            yield _flow(key), _flow(CONNECTION.unpack(value)[0])
+
+    def _run(self, program: str, mode: CollectMode) -> Collected:
+        request = COLLECT.pack(mode, ESTABLISHED_S, DATAGRAM_S, 0, 0, 0)
+        answer = self._programs.program(program).test_run(context=request).context
+        return Collected(*COLLECT.unpack(answer)[3:])
+
+
+def _flow(packed: bytes) -> Flow:
+    source, destination, source_port, destination_port, protocol = FLOW.unpack(packed)
+    return Flow(
+        unmapped(source),
+        unmapped(destination),
+        int.from_bytes(source_port, "big"),
+        int.from_bytes(destination_port, "big"),
+        protocol,
+    )

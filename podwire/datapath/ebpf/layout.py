@@ -1,0 +1,113 @@
+"""The structures that programs and Python share, spelled for `struct`, and names for numbers.
+
+A test holds each of them against the BTF of the compiled programs.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum, IntFlag
+
+from podwire.net import Address
+
+VERSION = 1
+"""Of the maps that outlive a process; raised when one of them changes its meaning."""
+
+_MAPPED = bytes(10) + b"\xff\xff"
+
+FRONTEND_KEY = struct.Struct("=16s2sB5x")  # address, port, protocol
+FRONTEND = struct.Struct("=IIIIIII")  # service, flags, affinity_s, cluster and local slots
+BACKEND = struct.Struct("=16s2sHI")  # address, port, flags, service
+MEMBER_KEY = struct.Struct("=16sI2sH")  # address, service, port, local
+RANGE_KEY = struct.Struct("=II16s")  # length, service, address
+PREFIX_KEY = struct.Struct("=I4x16s")  # length, address
+SETTINGS = struct.Struct("=16s16sI4x")  # node's IPv4 and IPv6, detect_local
+FLOW = struct.Struct("=16s16s2s2sB3x")  # source, destination, their ports, protocol
+CONNECTION = struct.Struct("=40sIIBB6x")  # to, seen_s, service, state, flags
+INTERFACE = struct.Struct("=16s16sI6s6x")  # addresses, flags, mac
+ENDPOINT = struct.Struct("=II6s6sI")
+EVENT = struct.Struct("=QIIIIII40s")
+COLLECT = struct.Struct("=IIIIII")
+NUMBER = struct.Struct("=I")
+
+
+class CollectMode(IntEnum):
+    """What one run of the `collect` program does."""
+
+    EXPIRE = 0
+    DOOMED = 1
+    MOVE = 2
+
+
+class FrontendFlag(IntFlag):
+    EXTERNAL = 1
+    LOCAL = 2
+    RANGED = 4
+    MASQUERADE = 8
+    HAS_ENDPOINTS = 16
+    MAGLEV = 32
+    DSR = 64
+
+
+class AddressFlag(IntFlag):
+    CLUSTER_IP = 1
+    NODE = 2
+    NODE_PORT = 4
+    SERVICE = 8
+
+
+class PrefixFlag(IntFlag):
+    LOCAL_PODS = 1
+    SERVICES = 2
+    CLUSTER = 4
+
+
+class InterfaceFlag(IntFlag):
+    POD = 1
+
+
+class DetectBy(IntEnum):
+    NONE = 0
+    CIDR = 1
+    INTERFACE = 2
+
+
+BACKEND_THIS_NODE = 1
+
+
+class Reason(IntEnum):
+    """Index into the counters; the names are what `podwire bpf status` prints."""
+
+    FORWARDED = 0
+    TRANSLATED = 1
+    REJECTED = 2
+    NO_LOCAL_ENDPOINT = 3
+    UNALLOCATED = 4
+    SOURCE_RANGE = 5
+    SPOOFED = 6
+    POLICY = 7
+    POLICY_AUDIT = 8
+    CONNECTIONS_FULL = 9
+    PORTS_EXHAUSTED = 10
+    FRAGMENT_LOST = 11
+    BROKEN = 12
+    WRITE_FAILED = 13
+    NO_ROUTE = 14
+    TOO_BIG = 15
+    AFFINITY_FULL = 16
+    EVENTS_LOST = 17
+
+
+def mapped(address: Address) -> bytes:
+    """Sixteen bytes: IPv4 becomes IPv4-mapped."""
+    return _MAPPED + address if len(address) == 4 else address
+
+
+def unmapped(address: bytes) -> Address:
+    """The inverse of `mapped`."""
+    return address[12:] if address.startswith(_MAPPED) else address
+
+
+def mapped_length(address: Address, length: int) -> int:
+    """A prefix length as it counts among sixteen bytes."""
+    return length + 96 if len(address) == 4 else length

@@ -1,0 +1,294 @@
+"""The node's programs and maps: loaded once for all parts, pinned, attached, replaced in place.
+
+Everything lives under ``/sys/fs/bpf/podwire/<node>``: ``maps/`` and ``links/``. A process that
+starts finds what an earlier one left, loads its own programs onto the same maps, and swaps the
+program of each link in one step. Traffic goes on in between.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from podwire.datapath.ebpf.growing import GrowingMap
+from podwire.datapath.ebpf.layout import (
+    BACKEND,
+    CONNECTION,
+    FLOW,
+    FRONTEND,
+    FRONTEND_KEY,
+    MEMBER_KEY,
+    NUMBER,
+    RANGE_KEY,
+    VERSION,
+    Reason,
+)
+from podwire.errors import KernelError, Unsupported
+from podwire.kernel import link as links
+from podwire.kernel.bpf import (
+    AttachType,
+    Link,
+    LoadedObject,
+    Map,
+    MapType,
+    ObjectSpec,
+    Program,
+    features,
+    pins,
+)
+from podwire.kernel.netlink import NetlinkSocket
+
+OBJECTS = Path(__file__).resolve().parents[2] / "built" / "bpf"
+_LOOPBACK = 1
+_SO_NETNS_COOKIE = 71
+
+_GROWING = {  # name: kind, key and value size, entries to begin with
+    "frontends": (MapType.HASH, FRONTEND_KEY.size, FRONTEND.size, 1024),
+    "backends": (MapType.ARRAY, 4, BACKEND.size, 2048),
+    "members": (MapType.HASH, MEMBER_KEY.size, 1, 1024),
+    "addresses": (MapType.HASH, 16, 4, 1024),
+    "ranges": (MapType.LPM_TRIE, RANGE_KEY.size, 1, 256),
+    "connections": (MapType.HASH, FLOW.size, CONNECTION.size, 65536),
+}
+_SOCKET_HOOKS = {
+    f"{hook.lower()}{family}": AttachType[f"{hook}{family}"]
+    for hook in ("CONNECT", "SENDMSG", "RECVMSG", "GETPEERNAME")
+    for family in (4, 6)
+}
+_TCX = {"ingress": AttachType.TCX_INGRESS, "egress": AttachType.TCX_EGRESS}
+
+
+class Programs:
+    """Programs of the node whose network namespace the calling thread is in.
+
+    `cgroup` is the cgroup v2 directory whose processes get Services at the socket; None: nobody.
+    `connections` is the room for connection entries (two each) to begin with.
+    """
+
+    def __init__(self, node: str, *, cgroup: Path | None = None, connections: int = 131072) -> None:
+        self.node = node
+        self._cgroup = cgroup
+        self._capacity = connections
+        self._features: set[str] = set()
+        self._objects: dict[str, LoadedObject] = {}
+        self._links: dict[str, Link] = {}
+        self._pods: set[int] = set()
+        self.maps: dict[str, Map] = {}
+        self.growing: dict[str, GrowingMap] = {}
+
+    @property
+    def folder(self) -> Path:
+        return pins.directory(self.node)
+
+    @property
+    def features(self) -> frozenset[str]:
+        return frozenset(self._features)
+
+    def enable(self, feature: str) -> None:
+        """Switch a part on (``services``, ``policy``, ``pods``), reloading what is loaded.
+
+        Raises Unsupported, naming what the kernel lacks; KernelError.
+        """
+        if feature in self._features:
+            return
+        lacking = features.missing()
+        if lacking:
+            raise Unsupported(f"the eBPF data path needs {lacking[0]}")
+        self._features.add(feature)
+        try:
+            self._load()
+        except BaseException:
+            self._features.discard(feature)
+            raise
+        self.sync_links()
+
+    def add_pod(self, ifindex: int) -> None:
+        """The host's end of a pod's veth is to be treated as one."""
+        self._pods.add(ifindex)
+        self._attach_interface(ifindex)
+
+    def remove_pod(self, ifindex: int) -> None:
+        """The veth is gone or is going."""
+        self._pods.discard(ifindex)
+        for name in [n for n in self._links if n.split("-")[1] == str(ifindex)]:
+            self._detach(name)
+
+    def sync_links(self) -> list[int]:
+        """Attach to interfaces that are new and let go of those that are gone; the new ones."""
+        with NetlinkSocket() as netlink:
+            present = {found.index for found in links.dump(netlink)}
+        for name in list(self._links):
+            if self._links[name].info.target == 0:
+                self._detach(name)
+        new = [index for index in present if not any(self._names(index))]
+        for index in new:
+            self._attach_interface(index)
+        return new
+
+    def program(self, name: str) -> Program:
+        """A loaded program by its name in C."""
+        for loaded in self._objects.values():
+            if name in loaded.programs:
+                return loaded.programs[name]
+        raise KeyError(name)
+
+    def attachments(self) -> Mapping[str, Link]:
+        """Links by pin name: program, interface, direction."""
+        return self._links
+
+    def outcomes(self) -> dict[str, int]:
+        """Packets by what became of them, since the maps were made."""
+        counters = self.maps.get("counters")
+        if counters is None:
+            return {}
+        out: dict[str, int] = {}
+        for key, values in counters.items():
+            per_cpu = struct.iter_unpack("=Q", values)
+            out[Reason(NUMBER.unpack(key)[0]).name.lower()] = sum(n for (n,) in per_cpu)
+        return out
+
+    def close(self) -> None:
+        """Let go of descriptors; what is pinned goes on working."""
+        for loaded in self._objects.values():
+            loaded.close()
+        for link in self._links.values():
+            link.close()
+        self._objects, self._links, self.maps, self.growing = {}, {}, {}, {}
+        self._features.clear()
+
+    def cleanup(self) -> None:
+        """Detach and forget everything of this node, whoever made it."""
+        self.close()
+        pins.remove(self.folder)
+
+    def _load(self) -> None:
+        self._check_layout()
+        loaded: dict[str, LoadedObject] = {}
+        for path in sorted(OBJECTS.glob("*.bpf.o")):
+            name = path.name.removesuffix(".bpf.o")
+            loaded[name] = self._load_object(path)
+        if not loaded:
+            raise Unsupported(f"no compiled eBPF programs in {OBJECTS}: run tools/setup with clang")
+        before, self._objects = self._objects, loaded
+        self.maps = {name: map for o in loaded.values() for name, map in o.maps.items()}
+        for name, (kind, key, value, entries) in _GROWING.items():
+            size = self._capacity if name == "connections" else entries
+            self.growing[name] = GrowingMap(name, self.maps[name], kind, key, value, size)
+        self._adopt_links()
+        if self._cgroup and "services" in self._features:
+            self._attach_sockets(self._cgroup)
+        for old in before.values():
+            old.close()
+
+    def _load_object(self, path: Path) -> LoadedObject:
+        spec = ObjectSpec(path)
+        folder = pins.directory(self.node, "maps")
+        shared = [name for name in spec.maps if "." not in name]
+        kept: dict[str, Map] = {}
+        for name in shared:
+            found = pins.open_map(folder / name)
+            if found:
+                kept[name] = found
+                spec.use_map(name, found)
+        spec.set_constants({k: v for k, v in self._constants().items() if k in spec.constants})
+        try:
+            loaded = spec.load()
+        finally:
+            for map in kept.values():
+                map.close()
+        for name in shared:
+            if name not in kept:
+                pins.pin(loaded.maps[name], folder / name)
+        return loaded
+
+    def _constants(self) -> dict[str, bytes]:
+        def flag(feature: str) -> bytes:
+            return bytes([feature in self._features])
+
+        return {
+            "with_services": flag("services"),
+            "with_policy": flag("policy"),
+            "with_pods": flag("pods"),
+            "node_netns_cookie": _netns_cookie(),
+        }
+
+    def _check_layout(self) -> None:
+        path = self.folder / "layout"
+        found = pins.open_map(path)
+        if found is None:
+            found = Map.create(MapType.ARRAY, 4, 4, 1, name="layout")
+            found.update(NUMBER.pack(0), NUMBER.pack(VERSION))
+            pins.pin(found, path)
+        version = NUMBER.unpack(found.lookup(NUMBER.pack(0)) or bytes(4))[0]
+        found.close()
+        if version != VERSION:
+            raise KernelError(
+                f"{self.folder} holds maps of layout {version}, this podwire uses {VERSION}: run "
+                "`podwire agent --cleanup` first, which ends connections through Services"
+            )
+
+    def _adopt_links(self) -> None:
+        folder = pins.directory(self.node, "links")
+        for path in folder.iterdir():
+            link = self._links.pop(path.name, None) or pins.open_link(path)
+            if link is None:
+                continue
+            program = path.name.split("-")[0]
+            if link.info.target == 0 or not self._has(program):
+                link.close()
+                path.unlink(missing_ok=True)
+                continue
+            link.update(self.program(program))
+            self._links[path.name] = link
+            if program == "from_pod":
+                self._pods.add(link.info.target)
+
+    def _has(self, program: str) -> bool:
+        return any(program in loaded.programs for loaded in self._objects.values())
+
+    def _attach_interface(self, ifindex: int) -> None:
+        ingress = "from_pod" if ifindex in self._pods else "from_network"
+        if ifindex != _LOOPBACK:
+            for other in {"from_pod", "from_network"} - {ingress}:
+                self._detach(f"{other}-{ifindex}-ingress")
+            self._attach_tcx(ingress, ifindex, "ingress")
+        self._attach_tcx("from_node", ifindex, "egress")
+
+    def _attach_tcx(self, program: str, ifindex: int, direction: str) -> None:
+        name = f"{program}-{ifindex}-{direction}"
+        if name not in self._links:
+            self._keep(name, Link.tcx(self.program(program), ifindex, _TCX[direction]))
+
+    def _attach_sockets(self, cgroup: Path) -> None:
+        for program, where in _SOCKET_HOOKS.items():
+            name = f"{program}-cgroup"
+            if name not in self._links:
+                self._keep(name, Link.cgroup(self.program(program), str(cgroup), where))
+
+    def _keep(self, name: str, link: Link) -> None:
+        try:
+            pins.pin(link, pins.directory(self.node, "links") / name)
+        except BaseException:
+            link.close()
+            raise
+        self._links[name] = link
+
+    def _detach(self, name: str) -> None:
+        link = self._links.pop(name, None)
+        if link:
+            link.close()
+            (self.folder / "links" / name).unlink(missing_ok=True)
+
+    def _names(self, ifindex: int) -> Iterable[str]:
+        return (name for name in self._links if name.split("-")[1] == str(ifindex))
+
+
+def _netns_cookie() -> bytes:
+    """The cookie by which socket programs know this namespace's own sockets."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            return probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        except OSError:
+            return struct.pack("=Q", 0)

@@ -1,0 +1,266 @@
+"""Services on eBPF: the table's differences as map updates, in an order that traffic may watch.
+
+Backend slots are written before a frontend names them, frontends before their old slots are lent
+again; each frontend changes in one step. So every packet sees an old list or a new one, whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from podwire.datapath import Requirement
+from podwire.datapath.ebpf import spelling
+from podwire.datapath.ebpf.connections import Connections
+from podwire.datapath.ebpf.layout import BACKEND, FRONTEND, MEMBER_KEY, NUMBER, mapped
+from podwire.datapath.ebpf.programs import Programs
+from podwire.datapath.ebpf.settings import AddressCounts, write_settings
+from podwire.datapath.ebpf.slots import EMPTY, Run, Slots
+from podwire.datapath.ebpf.spelling import Lease
+from podwire.net import Address, Protocol
+from podwire.services import Backend, ServicePort, ServicePortName, ServiceTable, Settings
+
+_Changes = Mapping[ServicePortName, tuple[ServicePort | None, ServicePort | None]]
+
+
+class _Held(NamedTuple):
+    port: ServicePort
+    lease: Lease
+
+
+class EbpfServices:
+    """The Services part of the eBPF data path."""
+
+    requirements: Sequence[Requirement] = (
+        Requirement(
+            "net.ipv4.ip_forward", "1", "packets for backends elsewhere would not be forwarded"
+        ),
+        Requirement(
+            "net.ipv6.conf.all.forwarding", "1", "packets for backends elsewhere would stop here"
+        ),
+        Requirement(
+            "net.ipv4.conf.all.rp_filter",
+            "2",
+            "answers that bear a Service address would be dropped as spoofed",
+        ),
+        Requirement(
+            "net.ipv4.conf.lo.accept_local",
+            "1",
+            "the node's own processes would not get answers from its own addresses",
+        ),
+        Requirement(
+            "net.ipv4.conf.lo.route_localnet", "1", "node ports on 127.0.0.1 would not answer"
+        ),
+    )
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+        self._table: ServiceTable | None = None
+        self._leases: dict[ServicePortName, Lease] = {}
+        self._next_service = 1
+        self._slots = Slots()
+        self._addresses = AddressCounts()
+        self._own: frozenset[Address] = frozenset()
+
+    @property
+    def connections(self) -> Connections:
+        """The connection table, for ageing and display."""
+        return Connections(self._programs)
+
+    def start(self) -> None:
+        """Load and attach. Raises Unsupported or KernelError."""
+        self._programs.enable("services")
+
+    def apply(self, table: ServiceTable) -> None:
+        """Make the maps hold `table`."""
+        delta = table.delta(self._table)
+        if delta.settings:
+            self._apply_settings(table.settings)
+        if self._table is None:
+            self._adopt(table)
+        else:
+            if delta.settings:
+                self._rewrite(self._table.ports, table.settings)
+            if delta.ports:
+                self._change(delta.ports, table.settings)
+        self._table = table
+
+    def flush(self) -> None:
+        """Make slots of lists that are gone available again, after a grace period."""
+        if self._slots.waiting:
+            self._programs.growing["frontends"].settle()
+            self._slots.settle()
+
+    def verify(self) -> list[str]:
+        """Compare the maps with the table, repair, and name each repair."""
+        repairs = [f"attached to new interface {i}" for i in self._programs.sync_links()]
+        if self._table is None:
+            return repairs
+        write_settings(self._programs, self._table.settings)
+        for kind, wanted in self._spell(self._table.ports, self._table.settings).items():
+            if wrong := self._programs.growing[kind].replace(wanted):
+                repairs.append(f"{wrong} entries of map {kind}")
+        return repairs
+
+    def cleanup(self) -> None:
+        self._programs.cleanup()
+        self._table = None
+
+    def status(self) -> dict[str, object]:
+        """Ports held, fill levels, and packets by outcome."""
+        return {
+            "service_ports": len(self._leases),
+            "backend_slots": self._slots.top,
+            "maps": {name: growing.fill() for name, growing in self._programs.growing.items()},
+            "outcomes": self._programs.outcomes(),
+        }
+
+    # --- the difference ------------------------------------------------------------------------
+
+    def _change(self, ports: _Changes, settings: Settings) -> None:
+        before = {n: _Held(old, self._leases[n]) for n, (old, _) in ports.items() if old}
+        after = {
+            n: _Held(new, self._lease(new, before.get(n))) for n, (_, new) in ports.items() if new
+        }
+        kept = {run for held in before.values() for run in held.lease.runs}
+        self._write_slots(after.values(), kept)
+        growing = self._programs.growing
+        addresses = self._addresses.change(
+            (held.port for held in before.values()), (held.port for held in after.values())
+        )
+        growing["addresses"].write(addresses.written, addresses.added)
+        gone: list[tuple[str, list[bytes]]] = []
+        for kind in ("members", "ranges", "frontends"):  # a frontend comes last
+            old = self._entries(kind, before.values(), settings)
+            new = self._entries(kind, after.values(), settings)
+            changed = {key: value for key, value in new.items() if old.get(key) != value}
+            growing[kind].write(changed, len(new.keys() - old.keys()))
+            gone.append((kind, list(old.keys() - new.keys())))
+        for kind, keys in reversed(gone):  # and goes first
+            growing[kind].delete(keys)
+        growing["addresses"].delete(addresses.removed)
+        self._forget_stale(ports)
+        for name in before.keys() - after.keys():
+            del self._leases[name]
+        self._leases.update({name: held.lease for name, held in after.items()})
+        for run in kept - {run for held in after.values() for run in held.lease.runs}:
+            self._slots.give_back(run)
+
+    def _lease(self, port: ServicePort, before: _Held | None) -> Lease:
+        """Slots for the lists of `port`; it keeps those of lists that stay the same."""
+        if before is None:
+            service = self._next_service
+            self._next_service += 1
+            known: dict[tuple[Backend, ...], Run] = {}
+        else:
+            service = before.lease.service
+            known = {
+                before.port.cluster: before.lease.cluster,
+                before.port.local: before.lease.local,
+            }
+        known[()] = EMPTY
+        for backends in (port.cluster, port.local):
+            if backends not in known:
+                known[backends] = self._slots.take(len(backends))
+        return Lease(service, known[port.cluster], known[port.local])
+
+    def _forget_stale(self, ports: _Changes) -> None:
+        """UDP flows to backends that serve no more would go on into the void: end them."""
+        doomed = [
+            MEMBER_KEY.pack(mapped(b[:-2]), self._leases[name].service, b[-2:], 0)
+            for name, (old, new) in ports.items()
+            if old and name.protocol == Protocol.UDP
+            for b in set(old.serving).difference(new.serving if new else ())
+        ]
+        if doomed:
+            self.connections.forget(doomed)
+
+    # --- everything ----------------------------------------------------------------------------
+
+    def _adopt(self, table: ServiceTable) -> None:
+        """The first table of this process: keep ids and slots that an earlier one gave out."""
+        known = {
+            key: FRONTEND.unpack(value)
+            for key, value in self._programs.growing["frontends"].map.items()
+        }
+        slots = b"".join(value for _, value in self._programs.growing["backends"].map.items())
+        runs = {Run(*fact[at : at + 2]) for fact in known.values() for at in (3, 5)} - {EMPTY}
+        self._slots.adopt(runs)
+        self._next_service = max((fact[0] for fact in known.values()), default=0) + 1
+        for name, port in table.ports.items():
+            keys = (key for key, _ in spelling.frontends(port, Lease(0), table.settings))
+            fact = next((known[key] for key in keys if key in known), None)
+            before = self._recognise(port, fact, slots) if fact else None
+            self._leases[name] = self._lease(port, before)
+        self._addresses.change((), table.ports.values())
+        self._rewrite(table.ports, table.settings)
+        used = {run for lease in self._leases.values() for run in lease.runs}
+        for run in runs - used:
+            self._slots.give_back(run)
+
+    def _recognise(self, port: ServicePort, fact: Sequence[int], slots: bytes) -> _Held:
+        """What a frontend in the kernel says of `port`; lists that differ do not count."""
+        kept: dict[tuple[Backend, ...], Run] = {}
+        for backends, at in ((port.cluster, 3), (port.local, 5)):
+            run = Run(*fact[at : at + 2])
+            start = run.first * BACKEND.size
+            wanted = spelling.backends(backends, fact[0], self._own)
+            if run.size == len(backends) and slots[start : start + len(wanted)] == wanted:
+                kept[backends] = run
+        lists = list(kept.items())
+        cluster, local = (*lists, ((), EMPTY), ((), EMPTY))[:2]
+        held = Lease(fact[0], cluster[1], local[1])
+        return _Held(spelling.with_lists(port, cluster[0], local[0]), held)
+
+    def _rewrite(self, ports: Mapping[ServicePortName, ServicePort], settings: Settings) -> None:
+        """Write every port anew: at the start, and when the node's addresses changed."""
+        held = [_Held(port, self._leases[name]) for name, port in ports.items()]
+        self._write_slots(held, set())
+        for kind, wanted in self._spell(ports, settings).items():
+            self._programs.growing[kind].replace(wanted)
+
+    def _spell(
+        self, ports: Mapping[ServicePortName, ServicePort], settings: Settings
+    ) -> dict[str, dict[bytes, bytes]]:
+        """All entries of all maps but the slots."""
+        held = [_Held(port, self._leases[name]) for name, port in ports.items()]
+        return {
+            "members": self._entries("members", held, settings),
+            "ranges": self._entries("ranges", held, settings),
+            "addresses": self._addresses.entries(),
+            "frontends": self._entries("frontends", held, settings),
+        }
+
+    # --- maps ----------------------------------------------------------------------------------
+
+    def _entries(self, kind: str, ports: Iterable[_Held], settings: Settings) -> dict[bytes, bytes]:
+        out: dict[bytes, bytes] = {}
+        for port, lease in ports:
+            if kind == "frontends":
+                out.update(spelling.frontends(port, lease, settings))
+            elif kind == "members":
+                out.update(spelling.members(port, lease))
+            else:
+                out.update(spelling.ranges(port, lease))
+        return out
+
+    def _write_slots(self, ports: Iterable[_Held], kept: set[Run]) -> None:
+        """Write the lists of `ports`, but for runs that are `kept` and so hold them already."""
+        growing = self._programs.growing["backends"]
+        growing.reserve(self._slots.top)
+        runs = {
+            run: (backends, lease.service)
+            for port, lease in ports
+            for run, backends in ((lease.cluster, port.cluster), (lease.local, port.local))
+            if run.size and run not in kept
+        }
+        numbers = (n for run in runs for n in range(run.first, run.first + run.size))
+        keys = b"".join(map(NUMBER.pack, numbers))
+        growing.map.update_packed(
+            keys, b"".join(spelling.backends(*list, self._own) for list in runs.values())
+        )
+
+    def _apply_settings(self, settings: Settings) -> None:
+        self._own = spelling.own_addresses(settings)
+        self._addresses.node = spelling.node_flags(settings)
+        write_settings(self._programs, settings)

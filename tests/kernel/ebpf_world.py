@@ -1,0 +1,175 @@
+"""A node in namespaces for the eBPF tests: two routed pods, an uplink, and the world behind it.
+
+pod1, pod2 ── node ── outside (a client, and pods of another node)
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import uuid
+
+from podwire.kernel import netns
+from podwire.kernel.bpf import pins
+
+GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
+NODE = {4: "192.168.9.10", 6: "fd09::10"}
+OUTSIDE = {4: "192.168.9.1", 6: "fd09::1"}
+REMOTE = {4: "10.244.1.5", 6: "fd44:1::5"}
+POD = {
+    1: {4: "10.244.0.2", 6: "fd44::2"},
+    2: {4: "10.244.0.3", 6: "fd44::3"},
+}
+MAC = {1: "02:00:00:00:01:01", 2: "02:00:00:00:01:02"}
+HOST_MAC = {1: "02:00:00:00:02:01", 2: "02:00:00:00:02:02"}
+
+
+class World:
+    """Namespaces by name (`node`, `outside`, `pod1`, `pod2`); closed at the end of the test."""
+
+    def __init__(self):
+        self.name = f"pwt-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.spaces = {name: netns.create() for name in ("node", "outside", "pod1", "pod2")}
+        self._closing = contextlib.ExitStack()
+        for fd in self.spaces.values():
+            self._closing.callback(os.close, fd)
+            self.batch(fd, "link set lo up")
+            self.run(fd, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0")
+        self._wire_uplink()
+        for number in (1, 2):
+            self._wire_pod(number)
+        node = self.spaces["node"]
+        for key, value in (
+            ("net.ipv4.ip_forward", 1),
+            ("net.ipv6.conf.all.forwarding", 1),
+            ("net.ipv4.conf.all.rp_filter", 2),
+            ("net.ipv4.conf.lo.accept_local", 1),
+            ("net.ipv4.conf.lo.route_localnet", 1),
+        ):
+            self.run(node, "sysctl", "-qw", f"{key}={value}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._closing.close()
+        folder = pins.ROOT / "podwire" / self.name
+        if folder.exists():
+            pins.remove(folder)
+
+    def run(self, space, *command):
+        done = netns.run(space, command, timeout_s=20)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def batch(self, space, *lines):
+        done = netns.run(space, ["ip", "-batch", "-"], stdin="\n".join(lines), timeout_s=20)
+        assert done.returncode == 0, done.stderr
+
+    def _wire_uplink(self):
+        node, outside = self.spaces["node"], self.spaces["outside"]
+        self.batch(
+            node,
+            f"link add up0 type veth peer name eth0 netns /proc/{os.getpid()}/fd/{outside}",
+            f"addr add {NODE[4]}/24 dev up0",
+            f"addr add {NODE[6]}/64 dev up0 nodad",
+            "link set up0 up",
+        )
+        self.batch(
+            outside,
+            f"addr add {OUTSIDE[4]}/24 dev eth0",
+            f"addr add {OUTSIDE[6]}/64 dev eth0 nodad",
+            "link set eth0 up",
+            f"addr add {REMOTE[4]}/32 dev lo",
+            f"addr add {REMOTE[6]}/128 dev lo nodad",
+            f"route add 10.0.0.0/8 via {NODE[4]}",
+            f"route add 192.0.2.0/24 via {NODE[4]}",
+            f"route add fd00::/8 via {NODE[6]}",
+        )
+        self.batch(
+            node, f"route add default via {OUTSIDE[4]}", f"route add default via {OUTSIDE[6]}"
+        )
+
+    def _wire_pod(self, number):
+        node, pod = self.spaces["node"], self.spaces[f"pod{number}"]
+        address, host = POD[number], f"pod{number}"
+        self.batch(
+            node,
+            f"link add {host} address {HOST_MAC[number]} type veth peer name eth0 "
+            f"address {MAC[number]} netns /proc/{os.getpid()}/fd/{pod}",
+            f"link set {host} up",
+            f"route add {address[4]}/32 dev {host}",
+            f"route add {address[6]}/128 dev {host}",
+            f"neigh add {address[4]} lladdr {MAC[number]} dev {host} nud permanent",
+            f"neigh add {address[6]} lladdr {MAC[number]} dev {host} nud permanent",
+        )
+        self.batch(
+            pod,
+            f"addr add {address[4]}/32 dev eth0",
+            f"addr add {address[6]}/128 dev eth0 nodad",
+            "link set eth0 up",
+            f"neigh add {GATEWAY[4]} lladdr {HOST_MAC[number]} dev eth0 nud permanent",
+            f"neigh add {GATEWAY[6]} lladdr {HOST_MAC[number]} dev eth0 nud permanent",
+            f"route add default via {GATEWAY[4]} dev eth0 onlink",
+            f"route add default via {GATEWAY[6]} dev eth0 onlink",
+        )
+
+    def ifindex(self, name):
+        return netns.call(self.spaces["node"], lambda: socket.if_nametoindex(name))
+
+    def serve(self, space, address, port, kind=socket.SOCK_STREAM):
+        """Answer every client with the address that the server sees; ends with the world."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = netns.socket(self.spaces[space], family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        if kind == socket.SOCK_STREAM:
+            listener.listen(64)
+
+        def loop():
+            with contextlib.suppress(OSError):
+                while True:
+                    if kind == socket.SOCK_STREAM:
+                        client, peer = listener.accept()
+                        with client:
+                            client.recv(100)
+                            client.sendall(f"{address} {peer[0]}".encode())
+                    else:
+                        _, peer = listener.recvfrom(2000)
+                        if peer is None:
+                            return
+                        listener.sendto(f"{address} {peer[0]}".encode(), peer)
+
+        thread = threading.Thread(target=loop, daemon=True)
+        thread.start()
+
+        def stop():
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+        self._closing.callback(stop)
+
+    def observe(self, space, address, port, kind=socket.SOCK_STREAM, *, tries=12, **options):
+        """What many clients saw: ``(server, client)`` pairs, ``refused`` or ``silence``."""
+        seen = set()
+        for _ in range(tries):
+            try:
+                seen.add(self.ask(space, address, port, kind, **options))
+            except ConnectionRefusedError:
+                seen.add("refused")
+            except TimeoutError:
+                seen.add("silence")
+        return seen
+
+    def ask(self, space, address, port, kind=socket.SOCK_STREAM, *, source=None, timeout=3):
+        """``(server, client as the server saw it)``. Raises OSError as the socket does."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with netns.socket(self.spaces[space], family, kind) as client:
+            client.settimeout(timeout)
+            if source:
+                client.bind(source)
+            client.connect((address, port))
+            client.send(b"who")
+            server, seen = client.recv(100).decode().split()
+            return server, seen

@@ -1,0 +1,223 @@
+"""Services on eBPF with real sockets: what is seen is what the table's evaluator says."""
+
+import os
+import socket
+
+import pytest
+
+from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.services import EbpfServices
+from podwire.kernel import netns
+from podwire.kernel.bpf import features
+from podwire.net import Protocol, format_address, parse_address, parse_prefix
+from podwire.services import (
+    DetectLocal,
+    Frontend,
+    FrontendKind,
+    NodeFacts,
+    NodePortScope,
+    Packet,
+    ProxyConfig,
+    ServicePort,
+    ServicePortName,
+    ServiceTable,
+    Settings,
+    backend,
+    backend_address,
+)
+from podwire.services.shared_map import SharedMap
+from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, World
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+]
+if os.geteuid() == 0 and features.missing():
+    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+
+VIP = {4: "10.96.0.1", 6: "fd96::1"}
+EXTERNAL = {4: "192.0.2.7", 6: "fd00:7::7"}
+KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
+
+
+def make_port(name, number, backends, *, family, protocol, local=(), external=True, **fields):
+    vip = Frontend(FrontendKind.CLUSTER_IP, parse_address(VIP[family]), number)
+    outside = (
+        Frontend(FrontendKind.NODE_PORT, b"", 30000 + number),
+        Frontend(FrontendKind.LOAD_BALANCER, parse_address(EXTERNAL[family]), number),
+    )
+    packed = [
+        tuple(sorted(backend(parse_address(text), 80) for text in some))
+        for some in (backends, local)
+    ]
+    return ServicePort(
+        name=ServicePortName("default", name, "", protocol, family),
+        frontends=(vip, *outside) if external else (vip,),
+        cluster=packed[0],
+        local=packed[1],
+        on_node=tuple(b for b in packed[0] + packed[1] if format_address(b[:-2]) != REMOTE[family]),
+        serving=packed[0] if protocol == Protocol.UDP else (),
+        has_endpoints=bool(backends),
+        **fields,
+    )
+
+
+def make_table(ports):
+    config = ProxyConfig(
+        detect_local=DetectLocal(
+            prefixes=(parse_prefix("10.244.0.0/24"), parse_prefix("fd44::/64"))
+        ),
+        service_cidrs=(parse_prefix("10.96.0.0/16"), parse_prefix("fd96::/112")),
+    )
+    node = NodeFacts("node", tuple(parse_address(text) for text in NODE.values()))
+    scopes = {4: NodePortScope(), 6: NodePortScope()}
+    settings = Settings(node, config, config.service_cidrs, scopes)
+    return ServiceTable(settings, SharedMap().changed((port.name, port) for port in ports))
+
+
+def make_ports(family, protocol):
+    both = {"family": family, "protocol": protocol}
+    here, other, far = POD[1][family], POD[2][family], REMOTE[family]
+    narrow = (parse_prefix("198.51.100.0/24"), parse_prefix("fd51::/64"))
+    return [
+        make_port("three", 80, [here, other, far], **both),
+        make_port("self", 81, [here], **both),
+        make_port("none", 82, [], **both),
+        make_port("host", 83, [NODE[family]], **both),
+        make_port("local", 84, [here, far], local=[here], external_local=True, **both),
+        make_port("remote-only", 85, [far], external_local=True, internal_local=True, **both),
+        make_port("guarded", 86, [here], source_ranges=narrow, **both),
+    ]
+
+
+@pytest.fixture(scope="module")
+def world():
+    with World() as made:
+        programs = Programs(made.name)
+        part = EbpfServices(programs)
+        netns.call(made.spaces["node"], part.start)
+        made.part = part
+        made.apply = lambda table: netns.call(made.spaces["node"], lambda: part.apply(table))
+        for family in (4, 6):
+            for kind in KINDS.values():
+                for space, addresses in (
+                    ("pod1", POD[1]),
+                    ("pod2", POD[2]),
+                    ("outside", REMOTE),
+                    ("node", NODE),
+                ):
+                    made.serve(space, addresses[family], 80, kind)
+        yield made
+        programs.close()
+
+
+SOURCES = {"pod1": POD[1], "node": NODE, "outside": OUTSIDE}
+
+
+def expected(table, source, target, number, protocol):
+    packet = Packet(parse_address(source), parse_address(target), protocol, number)
+    found = table.resolve(packet)
+    if found.verdict != "dnat":
+        return {"drop": {"silence"}, "reject": {"refused"}}[found.verdict]
+    family = 6 if ":" in source else 4
+    return {
+        (
+            format_address(backend_address(b)),
+            NODE[family]
+            if found.masquerades(b) and format_address(b[:-2]) != NODE[family]
+            else source,
+        )
+        for b in found.backends
+    }
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("protocol", list(KINDS))
+def test_every_kind_of_service_from_everywhere(world, family, protocol):
+    table = make_table(make_ports(family, protocol))
+    world.apply(table)
+    kind = KINDS[protocol]
+    for space, addresses in SOURCES.items():
+        source = addresses[family]
+        targets = [(VIP[family], n) for n in (*range(80, 87), 99)]
+        targets += [(NODE[family], 30000 + n) for n in (80, 82, 84, 85, 86)]
+        targets += [(EXTERNAL[family], n) for n in (80, 82, 85, 86)]
+        for target, number in targets:
+            wanted = expected(table, source, target, number, protocol)
+            many = len(wanted) > 1
+            seen = world.observe(space, target, number, kind, tries=24 if many else 1, timeout=0.3)
+            if "silence" not in wanted:
+                seen.discard("silence")  # the first packet to a neighbour that must be found
+            assert seen == wanted, (space, target, number)
+
+
+def test_affinity_follows_the_client_until_its_backend_goes(world):
+    pods = [POD[1][4], POD[2][4]]
+    both = {"family": 4, "protocol": Protocol.TCP, "affinity_timeout_s": 100}
+    world.apply(make_table([make_port("sticky", 90, [*pods, REMOTE[4]], **both)]))
+    first = world.observe("outside", VIP[4], 90, tries=10)
+    assert len(first) == 1
+    remaining = [p for p in (*pods, REMOTE[4]) if p != next(iter(first))[0]]
+    world.apply(make_table([make_port("sticky", 90, remaining, **both)]))
+    second = world.observe("outside", VIP[4], 90, tries=10)
+    assert len(second) == 1
+    assert second.isdisjoint(first)
+
+
+def test_a_udp_flow_leaves_a_backend_that_is_gone(world):
+    both = {"family": 4, "protocol": Protocol.UDP}
+    world.apply(make_table([make_port("dns", 91, [POD[1][4]], **both)]))
+    source = (POD[2][4], 45555)
+    assert world.ask("pod2", VIP[4], 91, socket.SOCK_DGRAM, source=source)[0] == POD[1][4]
+    world.apply(make_table([make_port("dns", 91, [REMOTE[4]], **both)]))
+    assert world.ask("pod2", VIP[4], 91, socket.SOCK_DGRAM, source=source)[0] == REMOTE[4]
+
+
+def test_a_tcp_connection_stays_when_its_backend_leaves_the_list(world):
+    both = {"family": 4, "protocol": Protocol.TCP}
+    world.apply(make_table([make_port("web", 92, [POD[1][4]], **both)]))
+    with netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_STREAM) as client:
+        client.settimeout(3)
+        client.connect((VIP[4], 92))
+        world.apply(make_table([make_port("web", 92, [], **both)]))
+        client.send(b"who")
+        assert client.recv(100).decode().split()[0] == POD[1][4]
+
+
+def test_a_new_process_takes_over_and_the_maps_grow(world):
+    both = {"family": 4, "protocol": Protocol.TCP, "external": False}
+    ports = [make_port(f"s{n}", n + 1, [POD[1][4], REMOTE[4]], **both) for n in range(3000)]
+    table = make_table(ports)
+    with netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_STREAM) as client:
+        client.settimeout(3)
+        world.apply(make_table(ports[:1]))
+        client.connect((VIP[4], 1))
+        world.apply(table)
+        second = Programs(world.name)
+        part = EbpfServices(second)
+
+        def take_over():
+            part.start()
+            before = second.growing["frontends"].read()
+            part.apply(table)
+            assert second.growing["frontends"].read() == before
+            assert part.verify() == []
+
+        netns.call(world.spaces["node"], take_over)
+        client.send(b"who")
+        assert client.recv(100).decode().split()[0] in (POD[1][4], REMOTE[4])
+        assert world.observe("pod2", VIP[4], 3000, tries=2) <= {
+            (POD[1][4], POD[2][4]),
+            (REMOTE[4], POD[2][4]),
+        }
+        second.close()
+
+
+def test_verify_repairs_what_others_broke(world):
+    table = make_table(make_ports(4, Protocol.TCP))
+    world.apply(table)
+    growing = world.part._programs.growing["frontends"]
+    key = next(growing.map.keys())
+    growing.map.delete(key)
+    assert netns.call(world.spaces["node"], world.part.verify) == ["1 entries of map frontends"]
+    assert growing.map.lookup(key)
