@@ -206,11 +206,10 @@ def parse_args(text: str) -> Mapping[str, str]:
     return pairs
 
 
-def answer_version(environment: Mapping[str, str], stdin: bytes) -> str:
+def answer_version(stdin: bytes) -> str:
     """The version for an error answer: the configuration's where it can be told."""
     try:
-        config = msgspec.json.decode(stdin)
-        version = config.get("cniVersion") or "0.1.0"
-        return version if version in VERSIONS else NEWEST
-    except (ValueError, AttributeError, TypeError, RecursionError):
+        version = _decode(stdin).get("cniVersion") or "0.1.0"
+    except CniError:
         return NEWEST
+    return version if version in VERSIONS else NEWEST

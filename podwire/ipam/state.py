@@ -81,6 +81,15 @@ class State:
         with self._lock:
             return [_decode(row[0]) for row in self._db.execute("SELECT record FROM attachments")]
 
+    def get(self, key: Key) -> Attachment | None:
+        with self._lock:
+            row = self._db.execute(
+                "SELECT record FROM attachments"
+                " WHERE network = ? AND container = ? AND ifname = ? AND plugin = ?",
+                key,
+            ).fetchone()
+        return _decode(row[0]) if row else None
+
     def resting(self) -> list[Resting]:
         with self._lock:
             return [Resting(*row) for row in self._db.execute("SELECT * FROM resting")]

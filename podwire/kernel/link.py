@@ -41,7 +41,7 @@ IFINFO = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, chan
 
 _ADDRESS, _IFNAME, _MTU, _LINK = 1, 3, 4, 5
 _MASTER, _TXQLEN, _OPERSTATE, _LINKINFO = 10, 13, 16, 18
-_IFALIAS, _AF_SPEC, _NET_NS_FD, _EXT_MASK = 20, 26, 28, 29
+_IFALIAS, _AF_SPEC, _GROUP, _NET_NS_FD, _EXT_MASK = 20, 26, 27, 28, 29
 _PROMISCUITY, _NUM_TX_QUEUES, _NUM_RX_QUEUES, _LINK_NETNSID = 30, 31, 32, 37
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
@@ -226,6 +226,7 @@ def change(
     master: int | None = None,
     tx_queue_length: int | None = None,
     alias: str | None = None,
+    group: int | None = None,
     netns_fd: int | None = None,
 ) -> Request:
     """Change what is given, of a link named by index or name. `master` 0 releases a port."""
@@ -248,6 +249,8 @@ def change(
         parts.append(u32(_TXQLEN, tx_queue_length))
     if alias is not None:
         parts.append(text(_IFALIAS, alias))
+    if group is not None:
+        parts.append(u32(_GROUP, group))
     if netns_fd is not None:
         parts.append(u32(_NET_NS_FD, netns_fd))
     return Request(RTM_NEWLINK, 0, b"".join(parts), f"change the link {link}")
@@ -258,6 +261,15 @@ def delete(link: int | str) -> Request:
     index, selector = _selector(link)
     body = IFINFO.pack(0, 0, index, 0, 0) + selector
     return Request(RTM_DELLINK, 0, body, f"delete the link {link}")
+
+
+def delete_group(group: int) -> Request:
+    """Delete all links of a group, which share the grace periods that one link alone waits for.
+
+    ENODEV when the group is empty.
+    """
+    body = IFINFO.pack(0, 0, 0, 0, 0) + u32(_GROUP, group)
+    return Request(RTM_DELLINK, 0, body, f"delete the links of group {group}")
 
 
 # --- per-interface parameters that need no visit to /proc/sys -------------------------------------

@@ -126,6 +126,14 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ifb: str = ""
 
 
+class HostLink(NamedTuple):
+    """A link on the host that the answer to ADD names."""
+
+    name: str
+    mac: bytes = b""
+    mtu: int = 0
+
+
 class Attachment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One interface of one pod: what CNI's ADD made and its DEL takes away. A value.
 
@@ -145,15 +153,21 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     host_ifname: str = ""
     host_ifindex: int = 0
     host_mac: bytes = b""
+    host_links: tuple[HostLink, ...] = ()
+    """What the answer lists before the pod's end: the bridge, the host end."""
+    further_links: tuple[HostLink, ...] = ()
+    """What it lists after it."""
     bridge: Bridge | None = None
     masquerade: bool = False
     host_ports: HostPorts | None = None
     meter: Meter | None = None
     sysctls: dict[str, str] = {}
+    tuned: dict[str, str | int] = {}
+    """Attributes of the pod's interface that were changed, see `tuning`."""
     saved: dict[str, str | int] = {}
-    """The link's attributes that were changed, as they were before (MAC, MTU, flags)."""
-    firewall: str = ""
-    """The ingress policy of the iptables firewall, "" without one."""
+    """What they were before."""
+    let_through: tuple[Address, ...] = ()
+    """Addresses that the iptables firewall accepts."""
     result: str = ""
 
 

@@ -1,0 +1,221 @@
+"""Ports of the node that lead to a pod: nf_tables table ``inet podwire-hostports``.
+
+The structure never changes; a mapping is a few elements. What the pod could not answer otherwise is
+marked (ct mark 0x2000, CNI's bit 13) where its destination is changed and masqueraded on the way
+out: connections from the pod's own network, which would be answered past this host, and those from
+127.0.0.0/8, which the pod would answer to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import subprocess
+from collections.abc import Collection, Iterable
+
+from podwire.errors import KernelError
+from podwire.kernel import link, netns, route
+from podwire.kernel.netlink import NetlinkSocket
+from podwire.kernel.nftables import INET, Element, NfTables, Set, Transaction, concat
+from podwire.net import Address, Protocol
+from podwire.wiring import HostPort, HostPorts, PodAddress
+from podwire.wiring.veth import network
+
+TABLE = "podwire-hostports"
+MARK = 0x2000
+_LOOPBACK = b"\x7f\0\0\0"
+
+_FAMILY = """
+ map any{v} {{ type inet_proto . inet_service : {a} . inet_service; }}
+ map at{v} {{ type {a} . inet_proto . inet_service : {a} . inet_service; }}
+ set anylocal{v} {{ type inet_proto . inet_service . {a}; flags interval; }}
+ set atlocal{v} {{ type {a} . inet_proto . inet_service . {a}; flags interval; }}
+ chain lookup{v} {{
+  {ip} daddr . meta l4proto . th dport . {ip} saddr @atlocal{v} ct mark set ct mark | {mark}
+  dnat {ip} to {ip} daddr . meta l4proto . th dport map @at{v}
+  meta l4proto . th dport . {ip} saddr @anylocal{v} ct mark set ct mark | {mark}
+  dnat {ip} to meta l4proto . th dport map @any{v}
+ }}"""
+
+# Right after the Services' own changes of destination at -100: a Service wins over a host port.
+#
+# A link that may carry 127.0.0.0/8 would also let its neighbours reach what listens there
+# (CVE-2020-8558), so packets from outside for these addresses are dropped before all else.
+_STRUCTURE = f"""
+table inet {TABLE}
+delete table inet {TABLE}
+table inet {TABLE} {{
+{_FAMILY.format(v=4, a="ipv4_addr", ip="ip", mark=MARK)}
+{_FAMILY.format(v=6, a="ipv6_addr", ip="ip6", mark=MARK)}
+ chain find {{
+  fib daddr type != local return
+  meta l4proto != {{ tcp, udp, sctp }} return
+  meta nfproto ipv4 goto lookup4
+  goto lookup6
+ }}
+ chain martians {{
+  type filter hook prerouting priority -300
+  iifname != "lo" ip daddr 127.0.0.0/8 drop
+ }}
+ chain prerouting {{ type nat hook prerouting priority -99; jump find; }}
+ chain output {{ type nat hook output priority -99; jump find; }}
+ chain postrouting {{
+  type nat hook postrouting priority 100
+  ct mark & {MARK} == {MARK} ct status dnat masquerade
+ }}
+}}
+"""
+
+
+class HostPortRules:
+    """The host ports of one namespace (`netns_fd`; default: the caller's)."""
+
+    def __init__(self, netns_fd: int | None = None) -> None:
+        self._netns_fd = netns_fd
+        self._nft = NfTables(netns_fd)
+        self._host = NetlinkSocket(netns_fd=netns_fd)
+        self._made = False
+
+    def close(self) -> None:
+        self._nft.close()
+        self._host.close()
+
+    def add(self, mappings: HostPorts) -> None:
+        """Open the ports.
+
+        Raises KernelError, also (EEXIST) when another pod has one of the ports; then nothing
+        changed.
+        """
+        self._ensure()
+        self._allow_local_sources(mappings)
+        transaction = Transaction()
+        for target, elements in _elements(mappings):
+            transaction.add(target, elements)
+        self._nft.commit(transaction)
+        self._forget_flows(mappings)
+
+    def remove(self, mappings: HostPorts) -> None:
+        """Close the ports; those that are closed already are no error."""
+        wanted = list(_elements(mappings))
+        try:
+            self._nft.commit(_deletion(wanted))
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            self._nft.commit(_deletion([(t, self._held(t, elements)) for t, elements in wanted]))
+        self._forget_flows(mappings)
+
+    def _held(self, target: Set, elements: list[Element]) -> list[Element]:
+        """Those of the elements that the kernel has."""
+        if TABLE not in self._nft.tables(INET):
+            return []
+        present = {(each.key, each.data, each.end) for each in self._nft.elements(target)}
+        return [each for each in elements if (each.key, each.data, each.end) in present]
+
+    def check(self, mappings: HostPorts) -> list[str]:
+        """How the live state differs, one sentence each."""
+        if TABLE not in self._nft.tables(INET):
+            return [f"there is no nf_tables table inet {TABLE}"]
+        return [
+            f"host port elements are missing in {target.name} of {TABLE}"
+            for target, elements in _elements(mappings)
+            if self._held(target, elements) != elements
+        ]
+
+    def reconcile(self, mappings: Collection[HostPorts]) -> None:
+        """Make the table hold these mappings and no others."""
+        if not mappings:
+            self.cleanup()
+            return
+        self._made = False
+        self._ensure()
+        transaction = Transaction()
+        for each in mappings:
+            for target, elements in _elements(each):
+                transaction.add(target, elements)
+        self._nft.commit(transaction)
+
+    def cleanup(self) -> None:
+        """Remove the table."""
+        self._made = False
+        if TABLE in self._nft.tables(INET):
+            self._nft.run(f"delete table inet {TABLE}")
+
+    def _ensure(self) -> None:
+        if self._made and TABLE in self._nft.tables(INET):
+            return
+        self._nft.run(_STRUCTURE)
+        self._made = True
+
+    def _allow_local_sources(self, mappings: HostPorts) -> None:
+        """Let packets from 127.0.0.0/8 leave for the pods; their source is masqueraded after."""
+        for target in mappings.targets:
+            if len(target.address) == 4:
+                replies, _ = self._host.attempt([route.resolve(target.address)])
+                for reply in replies:
+                    values = {"route_localnet": 1}
+                    self._host.run(link.configure(route.parse(reply).link, values))
+
+    def _forget_flows(self, mappings: HostPorts) -> None:
+        """End UDP flows of the ports: those from before are not translated, or to another pod."""
+        for port in {each.port for each in mappings.ports if each.protocol == Protocol.UDP}:
+            with contextlib.suppress(FileNotFoundError, subprocess.TimeoutExpired):
+                command = ["conntrack", "-D", "-p", "udp", "--orig-port-dst", str(port)]
+                netns.run(self._netns_fd, command, timeout_s=5)
+
+
+def _elements(mappings: HostPorts) -> Iterable[tuple[Set, list[Element]]]:
+    for target in mappings.targets:
+        version = 4 if len(target.address) == 4 else 6
+        ports = [each for each in mappings.ports if _serves(each, target)]
+        for name, some in (
+            ("any", [each for each in ports if not any(each.host_ip)]),
+            ("at", [each for each in ports if any(each.host_ip)]),
+        ):
+            if not some:
+                continue
+            yield (
+                Set(INET, TABLE, f"{name}{version}"),
+                [Element(_port(each), _destination(each, target)) for each in some],
+            )
+            if mappings.masquerade != "none":
+                yield (
+                    Set(INET, TABLE, f"{name}local{version}"),
+                    [
+                        Element(_port(each) + concat(first), None, _port(each) + concat(last))
+                        for each in some
+                        for first, last in _sources(mappings.masquerade, target)
+                    ],
+                )
+
+
+def _deletion(wanted: Iterable[tuple[Set, list[Element]]]) -> Transaction:
+    transaction = Transaction()
+    for target, elements in wanted:
+        transaction.delete(target, elements)
+    return transaction
+
+
+def _serves(port: HostPort, target: PodAddress) -> bool:
+    return not port.host_ip or len(port.host_ip) == len(target.address)
+
+
+def _port(port: HostPort) -> bytes:
+    """What is looked up: the address only where the mapping is for one."""
+    head = concat(port.host_ip) if any(port.host_ip) else b""
+    return head + concat(bytes([port.protocol]), port.port.to_bytes(2, "big"))
+
+
+def _destination(port: HostPort, target: PodAddress) -> bytes:
+    return concat(target.address, port.container_port.to_bytes(2, "big"))
+
+
+def _sources(masquerade: str, target: PodAddress) -> Iterable[tuple[Address, Address]]:
+    size = len(target.address)
+    if masquerade == "all":
+        yield bytes(size), b"\xff" * size
+        return
+    own = network(target)
+    yield own.first, own.last
+    if size == 4:
+        yield _LOOPBACK, b"\x7f\xff\xff\xff"
