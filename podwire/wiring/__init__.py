@@ -158,6 +158,9 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     further_links: tuple[HostLink, ...] = ()
     """What it lists after it."""
     bridge: Bridge | None = None
+    route_table: int = 0
+    """Routed: the table for what the pod sends, that of its address's ENI (254: main). 0: the node
+    routes by destination alone, and the pod needs no rules."""
     masquerade: bool = False
     host_ports: HostPorts | None = None
     meter: Meter | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from podwire.errors import KernelError
 from podwire.kernel import address, link, neighbour, route
@@ -136,6 +136,16 @@ def make_pair(
         link.configure(name, ipv6_address_generation="none"),
         link.get(name),
     )
+    return make(host, requests, name, ifname, netns_fd)
+
+
+def make(
+    host: NetlinkSocket, requests: Sequence[Request], name: str, ifname: str, netns_fd: int
+) -> link.Link:
+    """Send the messages that make a pair, of which the last asks for the host end, and return it.
+
+    Raises KernelError; then nothing is left.
+    """
     replies, failures = host.attempt(requests)
     if not failures:
         return link.parse(replies[-1])
