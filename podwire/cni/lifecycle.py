@@ -66,6 +66,10 @@ class SpoofGuard(Protocol):
         """The link is gone or going."""
         ...
 
+    def flush(self) -> None:
+        """Make the kernel forget what was unbound; may wait for a grace period."""
+        ...
+
     def restore(self, bindings: Mapping[str, tuple[bytes, Sequence[Address]]]) -> None:
         """Make the kernel hold these bindings and no others."""
         ...

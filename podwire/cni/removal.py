@@ -26,6 +26,7 @@ RETRY_S = 5.0
 
 class Unbinder(Protocol):
     def unbind(self, host_ifname: str) -> None: ...
+    def flush(self) -> None: ...
 
 
 class Remover:
@@ -86,6 +87,7 @@ class Remover:
         if self._guard:
             for _, link in links:
                 self._guard.unbind(link)
+            self._guard.flush()
         if links:
             self._state.removed(links)
 

@@ -28,7 +28,10 @@ class Requirement:
 class Part(Protocol[TableT]):
     """One part of a data path: Services, policies, or what leaves the node."""
 
-    requirements: Sequence[Requirement]
+    @property
+    def requirements(self) -> Sequence[Requirement]:
+        """What must hold on the machine; may change with `apply`."""
+        ...
 
     def start(self) -> None:
         """Make the structure, or adopt what an earlier process left. Raises Unsupported."""

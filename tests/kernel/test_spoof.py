@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from podwire.datapath.nftables.spoof import TABLE, Binding, SpoofGuard
+from podwire.datapath.nftables.spoof import TABLE, SpoofGuard
 from podwire.kernel import link, netns, sysctl
 from podwire.kernel.link import End
 from podwire.kernel.netlink import NetlinkSocket
@@ -118,7 +118,7 @@ def lan(make_netns: Callable[[], int]) -> Iterator[Lan]:
     # br_netfilter would judge these frames too: their checksums are wrong.
     sysctl.write({f"net.bridge.bridge-nf-call-{x}tables": 0 for x in ("ip", "ip6", "arp")}, host)
     guard = SpoofGuard(host)
-    guard.start({})
+    guard.start()
     with NetlinkSocket(netns_fd=host) as sock:
         sock.run(link.add_bridge(End("br0"), multicast_snooping=False), link.change("br0", up=True))
         bridge = present(sock, "br0").index
@@ -154,12 +154,18 @@ def test_an_ipv4_pod_has_no_ipv6(lan: Lan) -> None:
     assert not lan.passes(HONEST["IPv6 link-local"])
 
 
+def test_a_pod_without_known_addresses_is_free(lan: Lan) -> None:
+    lan.guard.bind("pod", MAC, [])
+    assert lan.passes(SPOOFED["IPv4 address"])
+
+
 def test_a_new_binding_replaces_the_old(lan: Lan) -> None:
     lan.guard.bind("pod", MAC, [IP, STRANGE])
     lan.guard.bind("pod", MAC, [IP6, STRANGE])
     assert lan.passes(SPOOFED["IPv4 address"])
     assert not lan.passes(HONEST["IPv4"])
-    lan.guard.unbind("pod", "never-bound")
+    lan.guard.unbind("never-bound")
+    lan.guard.unbind("pod")
     lan.guard.bind("pod", MAC, [IP])
     assert not lan.passes(SPOOFED["IPv4 address"])
     lan.guard.unbind("pod")
@@ -173,7 +179,9 @@ def test_restart_adopts_and_corrects(lan: Lan) -> None:
     lan.guard.bind("pod", MAC, [IP])
     lan.guard.bind("gone", OTHER, [STRANGE])
     again = SpoofGuard(lan.host)
-    again.start({"pod": Binding(MAC, frozenset([IP]))})
+    again.start()
+    assert not lan.passes(SPOOFED["IPv4 address"])
+    again.restore({"pod": (MAC, [IP])})
     assert again.verify() == []
     assert lan.passes(HONEST["IPv4"])
     assert not lan.passes(SPOOFED["IPv4 address"])

@@ -7,7 +7,7 @@ in the Ethernet header, in the IP header, and where ARP and neighbour advertisem
 its router advertisements and redirects are dropped, and it speaks nothing but IPv4, IPv6 and ARP:
 a tagged or encapsulated frame could hide any source.
 
-Ports that are not bound are none of our business. Bind before the pod's end comes up.
+Ports that are not bound are none of our business. Bind before the pod's processes start.
 """
 
 from __future__ import annotations
@@ -96,34 +96,38 @@ class SpoofGuard:
     def close(self) -> None:
         self._nft.close()
 
-    def start(self, bindings: Mapping[str, Binding]) -> None:
-        """Make the table, or adopt an earlier process's, and make `bindings` all there is.
-
-        Raises KernelError.
-        """
+    def start(self) -> None:
+        """Make the table, or adopt an earlier process's with its bindings. Raises KernelError."""
         with self._lock:
             self._structure.make()
-            self._bound = dict(bindings)
+
+    def restore(self, bindings: Mapping[str, tuple[bytes, Iterable[Address]]]) -> None:
+        """Make these ports, with their MACs and addresses, all there is."""
+        with self._lock:
+            self._bound = {
+                ifname: Binding(mac, frozenset(addresses))
+                for ifname, (mac, addresses) in bindings.items()
+            }
             self._settle()
 
-    def bind(self, ifname: str, mac: bytes, addresses: Iterable[Address]) -> None:
+    def bind(self, host_ifname: str, mac: bytes, addresses: Iterable[Address]) -> None:
         """From now on the port sends from these only; an earlier binding is replaced.
 
-        The link-local address made from the MAC (EUI-64) is allowed with IPv6 addresses.
+        The link-local address made from the MAC (EUI-64) is allowed with IPv6 addresses. Without
+        any address (a link without IPAM) nobody can say what is false, and the port stays free.
         """
         binding = Binding(mac, frozenset(addresses))
         with self._lock:
-            earlier = self._bound.get(ifname) or self._leaving.get(ifname)
-            self._bound[ifname] = binding
-            self._leaving.pop(ifname, None)
-            self._commit([(ifname, earlier, binding)])
+            earlier = self._bound.get(host_ifname) or self._leaving.get(host_ifname)
+            self._bound[host_ifname] = binding
+            self._leaving.pop(host_ifname, None)
+            self._commit([(host_ifname, earlier, binding)])
 
-    def unbind(self, *ifnames: str) -> None:
-        """Forget ports; unknown ones are no error. The kernel hears of it by `flush`."""
+    def unbind(self, host_ifname: str) -> None:
+        """Forget a port; an unknown one is no error. The kernel hears of it by `flush`."""
         with self._lock:
-            for ifname in ifnames:
-                if ifname in self._bound:
-                    self._leaving[ifname] = self._bound.pop(ifname)
+            if host_ifname in self._bound:
+                self._leaving[host_ifname] = self._bound.pop(host_ifname)
 
     def flush(self) -> None:
         """Take away what unbound ports left: one grace period for all of them."""
@@ -186,7 +190,7 @@ class SpoofGuard:
 
 
 def _elements(ifname: str, binding: Binding | None) -> dict[Set, set[Element]]:
-    if binding is None:
+    if binding is None or not binding.addresses:
         return {target: set() for target in _SETS}
     port = ifname.encode().ljust(16, b"\0")
     mac = binding.mac
