@@ -41,7 +41,7 @@ class Sync(Generic[TableT]):
         self.retry_at: float | None = None  # monotonic; None: nothing waits
         self._compile = compile
         self._retry_s = RETRY_FIRST_S
-        self._waiting_deletes = False
+        self.waiting_deletes = False
 
     def run(self, changes: ChangeSet) -> bool:
         """Compile and apply; True when the kernel holds the new table afterwards."""
@@ -74,17 +74,17 @@ class Sync(Generic[TableT]):
         self.revision += 1
         self.last_duration_s = time.perf_counter() - began
         self.last_synced = time.time()
-        self._waiting_deletes = True
+        self.waiting_deletes = True
         return True
 
     def flush(self) -> None:
         """Send the deletes that wait, if any."""
-        if self._waiting_deletes and self.path is not None:
-            self._waiting_deletes = False
+        if self.waiting_deletes and self.path is not None:
+            self.waiting_deletes = False
             try:
                 self.path.flush()
             except PodwireError as error:
-                self._waiting_deletes = True
+                self.waiting_deletes = True
                 self.failures += 1
                 event(log, logging.ERROR, "deletes failed", part=self.name, error=error)
 
