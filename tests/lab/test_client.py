@@ -67,7 +67,7 @@ async def until(reflector: Reflector, condition) -> None:
 async def settle(condition) -> None:
     """For conditions that nobody signals."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.01)
 
 

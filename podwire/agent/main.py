@@ -1,0 +1,279 @@
+"""The agent: assembles the rooms and runs until it is told to stop.
+
+Start: the last known objects from disk, then the API; the own Node object; the data paths, which
+adopt what an earlier agent left; the first sync; only then the CNI configuration, which makes the
+node Ready. Stop: sockets close, the kernel keeps what traffic needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from podwire import __version__
+from podwire.agent import node as own_node
+from podwire.agent import parts
+from podwire.agent.control import ControlServer
+from podwire.agent.endpoints import Endpoints, Health
+from podwire.agent.logs import event
+from podwire.agent.loop import Loop
+from podwire.agent.machine import Machine
+from podwire.agent.metrics import Metrics
+from podwire.agent.options import Options
+from podwire.agent.sync import Sync
+from podwire.errors import ApiError, ConfigError, PodwireError
+from podwire.kube import kubeconfig, snapshot
+from podwire.kube.client import Client, Selection
+from podwire.kube.objects import EndpointSlice, Node, Service
+from podwire.kube.reflector import Reflector
+from podwire.kube.store import ChangeSet, Kind, Store
+
+log = logging.getLogger("podwire.agent")
+
+SNAPSHOT_PERIOD_S = 30.0
+MACHINE_PERIOD_S = 5.0
+
+
+class Agent:
+    """One node's daemon."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.store = Store()
+        self.metrics = Metrics()
+        self.health = Health(timeout_s=2 * options.sync_period_s)
+        self.control = ControlServer(options.run_dir / "agent.sock")
+        self.started = time.monotonic()
+        self.kinds: tuple[Kind, ...] = parts.kinds(options)
+        self._reasons: list[str] = list(options.warnings)
+        self._snapshot = options.state_dir / "objects.json"
+        self._objects_changed = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._loop: Loop | None = None
+        self._machine = Machine(())
+        self._syncs: list[Sync[Any]] = []
+        self._ready = False
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT. Raises PodwireError when it cannot start."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        for warning in self.options.warnings:
+            event(log, logging.WARNING, warning)
+        self.options.run_dir.mkdir(parents=True, exist_ok=True)
+        self.options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.control.route("/v1/status", lambda _: self.status())
+        await self.control.start()
+        endpoints = Endpoints(self.metrics, self.health, self.configuration)
+        config = kubeconfig.load(self.options.kubeconfig or None)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.control.stop)
+            stack.push_async_callback(endpoints.stop)
+            client = await stack.enter_async_context(Client(config))
+            await endpoints.start(
+                self.options.healthz_bind_address, self.options.metrics_bind_address
+            )
+            known = snapshot.load(self.store, self.kinds, self._snapshot)
+            self.reflector = Reflector(
+                client, self._selections(), self.store, on_change=self._changed
+            )
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.reflector.run())]
+                tasks.append(group.create_task(self._serve(stack, client, known)))
+                await self._stop.wait()
+                for task in tasks:
+                    task.cancel()
+        event(log, logging.INFO, "stopped", node=self.options.node_name)
+
+    def _selections(self) -> list[Kind | Selection[Any]]:
+        """kube-proxy's: Services of other proxies and headless slices are none of ours."""
+        filters: dict[Kind, Selection[Any]] = {
+            Service: Selection(Service, label_selector="!service.kubernetes.io/service-proxy-name"),
+            EndpointSlice: Selection(
+                EndpointSlice, label_selector="!service.kubernetes.io/headless"
+            ),
+        }
+        return [filters.get(kind, kind) for kind in self.kinds]
+
+    def _changed(self) -> None:
+        self._objects_changed.set()
+        if self._loop is not None:
+            self._loop.wake()
+
+    async def _serve(self, stack: contextlib.AsyncExitStack, client: Client, known: bool) -> None:
+        node = await self._own_node()
+        if not known:
+            await self.reflector.wait_synced()
+        built = parts.build(self.options, node)
+        self._syncs = built.syncs
+        self._machine = Machine(built.requirements)
+        self._machine.require()
+        for sync in self._syncs:
+            if sync.path is not None:
+                await asyncio.to_thread(sync.path.start)
+        self._loop = Loop(
+            self.store,
+            self._syncs,
+            verify_period_s=self.options.sync_period_s,
+            before=self._before,
+            after=self._after,
+        )
+        cni = None
+        if built.cni is not None:
+            cni = built.cni(self._loop, self.store, self._synced)
+            await asyncio.to_thread(cni.restore)
+        built.serve(self.control, self.store, self._loop)
+        self._loop.wake()
+        await self._loop.step()
+        self._ready = True
+        if cni is not None:
+            await asyncio.to_thread(cni.start)
+            stack.callback(cni.stop)
+        event(log, logging.INFO, "ready", node=self.options.node_name, datapath=built.datapath,
+              parts=",".join(sync.name for sync in self._syncs), version=__version__)  # fmt: skip
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._loop.run())
+            group.create_task(self._watch_machine())
+            group.create_task(self._save_objects())
+            for task in built.tasks:
+                group.create_task(task(self))
+
+    async def _own_node(self) -> Node:
+        """The own Node object, with what the parts need of it."""
+        told = time.monotonic()
+        while True:
+            node = self.store.get(Node, ("", self.options.node_name))
+            missing = parts.missing(self.options, node)
+            if node is not None and not missing:
+                return node
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                event(log, logging.WARNING, "waiting", node=self.options.node_name, for_=missing)
+            self._objects_changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._objects_changed.wait(), 1)
+
+    def _synced(self) -> bool:
+        """Whether the store has shown the API's state since the start."""
+        return all(self.reflector.synced.values())
+
+    def _before(self, changes: ChangeSet) -> None:
+        now = time.time()
+        for family in ("IPv4", "IPv6"):
+            self.metrics.last_queued.labels(family).set(now)
+        self.metrics.service_changes.inc(len(changes.of(Service)))
+        self.metrics.endpoint_changes.inc(len(changes.of(EndpointSlice)))
+
+    def _after(self, changes: ChangeSet, began: float) -> None:
+        now = time.time()
+        self.health.last_updated = now
+        own = changes.of(Node).get(("", self.options.node_name))
+        if own is not None:
+            self.health.node_eligible = own_node.eligible(own.new)
+        for family in ("IPv4", "IPv6"):
+            self.metrics.sync_duration.labels(family).observe(now - began)
+            self.metrics.last_sync.labels(family).set(now)
+
+    async def _watch_machine(self) -> None:
+        while True:
+            await asyncio.sleep(MACHINE_PERIOD_S)
+            assert self._loop is not None
+            self.health.queued_since = self._loop.queued_since
+            if not self._loop.queued_since:
+                self.health.last_updated = time.time()
+            try:
+                self._machine.watch()
+            except PodwireError as error:
+                event(log, logging.ERROR, "a requirement cannot be restored", error=error)
+
+    async def _save_objects(self) -> None:
+        while True:
+            await asyncio.sleep(SNAPSHOT_PERIOD_S)
+            if self._objects_changed.is_set():
+                self._objects_changed.clear()
+                try:
+                    snapshot.save(self.store, self.kinds, self._snapshot)
+                except OSError as error:
+                    event(log, logging.WARNING, "objects not saved", error=error)
+
+    # --- what people ask --------------------------------------------------------------------------
+
+    def configuration(self) -> dict[str, object]:
+        """The options in force, for /configz."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name in Options.__dataclass_fields__
+            for value in (getattr(self.options, name),)
+            if name != "conntrack"
+        }
+
+    def status(self) -> dict[str, Any]:
+        """For `podwire status`."""
+        reasons = list(self._reasons)
+        if not self._ready:
+            reasons.append("starting: waiting for the API or the own Node object")
+        states = self.reflector.states
+        reasons += [
+            f"{kind.__name__}: {state.error}" for kind, state in states.items() if state.error
+        ]
+        reasons += [f"{sync.name}: {sync.error}" for sync in self._syncs if sync.error]
+        counts = ", ".join(f"{len(self.store.all(kind))} {kind.__name__}" for kind in self.kinds)
+        return {
+            "node": self.options.node_name,
+            "version": __version__,
+            "uptime_s": time.monotonic() - self.started,
+            "healthy": self._ready and not any(sync.error for sync in self._syncs),
+            "reasons": reasons,
+            "summary": f"{self.options.wiring} wiring, {self.options.routing} routing; {counts}",
+            "parts": {sync.name: sync.status() for sync in self._syncs},
+            "set_aside": [
+                {"object": f"{kind.__name__} {'/'.join(filter(None, key))}", "reason": reason}
+                for (kind, key), reason in self.store.set_aside.items()
+            ],
+            "machine": self._machine.status(),
+        }
+
+
+def _lock(run_dir: Path) -> int:
+    """One agent per run directory. Raises ConfigError when another one holds it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    fd = os.open(run_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise ConfigError(f"another agent already runs in {run_dir}") from None
+    return fd
+
+
+def run(options: Options) -> int:
+    """Run the agent to its end; the exit status."""
+    lock = _lock(options.run_dir)
+    try:
+        asyncio.run(Agent(options).run())
+    except* (PodwireError, OSError) as group:
+        for error in group.exceptions:
+            event(log, logging.ERROR, "cannot go on", error=error)
+        return 1
+    finally:
+        os.close(lock)
+    return 0
+
+
+def cleanup(options: Options) -> int:
+    """Remove all that podwire left in this namespace's kernel; the exit status."""
+    failed = False
+    for name, path in parts.all_paths(options):
+        try:
+            path.cleanup()
+        except (PodwireError, ApiError) as error:
+            failed = True
+            event(log, logging.ERROR, "cleanup failed", part=name, error=error)
+    return 1 if failed else 0
