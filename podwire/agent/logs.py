@@ -6,6 +6,8 @@ import logging
 import sys
 import time
 
+# what every record has; the rest are the event's own fields
+_RECORD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./:@%+,[]")
 
 
@@ -27,7 +29,7 @@ class Formatter(logging.Formatter):
             "level": record.levelname.lower(),
             "component": record.name.removeprefix("podwire."),
             "event": record.getMessage(),
-            **getattr(record, "fields", {}),
+            **{k: v for k, v in record.__dict__.items() if k not in _RECORD},
         }
         if record.exc_info and record.exc_info[1] is not None:
             fields["error"] = f"{type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
@@ -48,4 +50,4 @@ def setup(level: str = "info") -> None:
 
 def event(logger: logging.Logger, level: int, message: str, **fields: object) -> None:
     """Log one event with its fields."""
-    logger.log(level, message, extra={"fields": fields})
+    logger.log(level, message, extra=fields)

@@ -128,7 +128,6 @@ class Agent:
         cni = None
         if built.cni is not None:
             cni = built.cni(self._loop, self.store, self._synced)
-            await asyncio.to_thread(cni.restore)
         built.serve(self.control, self.store, self._loop)
         self._loop.wake()
         await self._loop.step()
@@ -155,7 +154,7 @@ class Agent:
                 return node
             if time.monotonic() - told > 10:
                 told = time.monotonic()
-                event(log, logging.WARNING, "waiting", node=self.options.node_name, for_=missing)
+                event(log, logging.WARNING, "waiting", node=self.options.node_name, missing=missing)
             self._objects_changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._objects_changed.wait(), 1)

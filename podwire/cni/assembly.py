@@ -30,6 +30,7 @@ def assemble(
     *,
     node: Callable[[], NodeConfig] = NodeConfig,
     admit: Callable[[Attachment], None] = lambda _: None,
+    dismiss: Callable[[Attachment], None] = lambda _: None,
     guard: SpoofGuard | None = None,
     pool: CursorPool | None = None,
     wirings: Mapping[str, Wiring] | None = None,
@@ -51,6 +52,7 @@ def assemble(
             firewall=ForwardFirewall(),
             guard=guard,
             admit=admit,
+            dismiss=dismiss,
             node=node,
             now=now,
         )

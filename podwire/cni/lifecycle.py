@@ -87,7 +87,8 @@ class Collaborators:
     """What the life of an attachment is made with.
 
     `admit` is called when the link is there and returns when the pod's policies are in place, or
-    raises CniError. `node` gives the defaults of the moment. `now` is the pool's clock.
+    raises CniError; `dismiss` hears of every pod that was admitted and is gone (perhaps twice).
+    `node` gives the defaults of the moment. `now` is the pool's clock.
     """
 
     state: State
@@ -99,6 +100,7 @@ class Collaborators:
     firewall: ForwardFirewall
     guard: SpoofGuard | None = None
     admit: Callable[[Attachment], None] = lambda _: None
+    dismiss: Callable[[Attachment], None] = lambda _: None
     node: Callable[[], NodeConfig] = NodeConfig
     now: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME)
     add_deadline_s: float = ADD_DEADLINE_S
@@ -194,7 +196,7 @@ class Lifecycle:
         if parts.firewall:
             steps.append(_Step(self._let_through, self._end_let_through))
         if plan.draft.wiring:
-            steps.append(_Step(self._admit))
+            steps.append(_Step(self._admit, self._dismiss))
         steps.append(_Step(partial(_express, call=call)))
         steps.append(_Step(self._record))
         return steps
@@ -309,6 +311,9 @@ class Lifecycle:
     def _admit(self, work: _Work) -> None:
         self._with.admit(work.attachment)
 
+    def _dismiss(self, work: _Work) -> None:
+        self._with.dismiss(work.attachment)
+
     def _record(self, work: _Work) -> None:
         cursors = self._with.pool.cursors(work.attachment.pool) if work.plan.demand else []
         self._with.state.add(work.attachment, cursors, self._with.now())
@@ -366,6 +371,7 @@ class Lifecycle:
             parts.append(partial(collaborators.masquerade.remove, known.addresses))
         if known.wiring:
             parts.append(partial(self._wiring(known).silence, known))
+            parts.append(partial(collaborators.dismiss, known))
         for remove in parts:
             try:
                 remove()
@@ -427,6 +433,7 @@ class Lifecycle:
                 log.info("pod vanished", extra={"container": known.key.container})
                 state.remove(known, self._with.pool.rest_until())
                 self._with.pool.release(known.key)
+                self._with.dismiss(known)
         kept = state.attachments()
         strays = links - {known.host_ifname for known in kept}
         if strays:

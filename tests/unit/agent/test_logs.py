@@ -6,7 +6,7 @@ from podwire.agent.logs import Formatter, quote
 def test_a_line_is_one_event_with_its_fields() -> None:
     record = logging.LogRecord("podwire.agent", logging.INFO, "", 0, "node ready", None, None)
     record.created, record.msecs = 0.0, 7.0
-    record.fields = {"node": "n 1"}
+    record.node = "n 1"
     assert Formatter().format(record) == (
         '1970-01-01T00:00:00.007Z level=info component=agent event="node ready" node="n 1"'
     )

@@ -1,0 +1,144 @@
+"""Which rooms run in this agent, and how they are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from podwire.agent import node as own_node
+from podwire.agent.control import ControlServer
+from podwire.agent.loop import Loop
+from podwire.agent.options import Options
+from podwire.agent.pods import Pods
+from podwire.agent.sync import Sync
+from podwire.cni.plan import NodeConfig
+from podwire.datapath import Part, Requirement
+from podwire.datapath.nftables.nodes import NodesPart
+from podwire.errors import Unsupported
+from podwire.kube.objects import EndpointSlice, Node, Service, ServiceCIDR
+from podwire.kube.store import Kind, Store
+from podwire.net import parse_prefix
+from podwire.nodes import RouteCompiler
+from podwire.services import ServiceCompiler
+from podwire.wiring.routes import NodeRoutes
+
+BRIDGE = "cni0"
+
+FORWARDING = (
+    Requirement("net.ipv4.ip_forward", "1", "the node routes for its pods"),
+    Requirement("net.ipv6.conf.all.forwarding", "1", "the node routes for its pods"),
+)
+BRIDGE_NETFILTER = tuple(
+    Requirement(
+        f"net.bridge.bridge-nf-call-{family}tables",
+        "1",
+        "without it Services and policies between pods of one node are bypassed in silence",
+    )
+    for family in ("ip", "ip6")
+)
+
+
+@dataclass
+class Built:
+    """One agent's rooms. `cni` makes the CNI server once the main loop is there."""
+
+    datapath: str
+    syncs: list[Sync[Any]] = field(default_factory=list[Sync[Any]])
+    requirements: list[Requirement] = field(default_factory=list[Requirement])
+    cni: Callable[[Loop, Store, Callable[[], bool]], Pods] | None = None
+    serving: list[Callable[[ControlServer, Store, Loop], None]] = field(
+        default_factory=list[Callable[[ControlServer, Store, Loop], None]]
+    )
+    tasks: list[Callable[[Any], Awaitable[None]]] = field(
+        default_factory=list[Callable[[Any], Awaitable[None]]]
+    )
+
+    def serve(self, control: ControlServer, store: Store, loop: Loop) -> None:
+        """Register what the rooms answer on the control socket."""
+        for register in self.serving:
+            register(control, store, loop)
+
+
+def kinds(options: Options) -> tuple[Kind, ...]:
+    """The kinds that the parts read."""
+    found: list[Kind] = [Node]
+    if "services" in options.parts:
+        found += [Service, EndpointSlice, ServiceCIDR]
+    return tuple(found)
+
+
+def missing(options: Options, node: Node | None) -> str:
+    """What the own Node object still lacks, or ""."""
+    if node is None:
+        return "no Node object of this name"
+    if "services" in options.parts and not own_node.internal_ips(node):
+        return "the Node has no InternalIP"
+    if "cni" in options.parts and not own_node.pod_cidrs(node):
+        return "the Node has no podCIDR (does the controller manager allocate node CIDRs?)"
+    return ""
+
+
+def build(options: Options, node: Node) -> Built:
+    """The rooms for these options. Raises Unsupported, ConfigError."""
+    built = Built(_datapath(options))
+    if "nodes" in options.parts:
+        _add_nodes(built, options)
+    if "services" in options.parts:
+        _add_services(built, options, node)
+    if "cni" in options.parts:
+        _add_cni(built, options, node)
+    return built
+
+
+def _datapath(options: Options) -> str:
+    if options.datapath in ("auto", "nftables"):
+        return "nftables"
+    raise Unsupported(f"--datapath {options.datapath} is not in this build")
+
+
+def _add_nodes(built: Built, options: Options) -> None:
+    compiler = RouteCompiler(
+        options.node_name,
+        "vxlan" if options.routing == "vxlan" else "direct",
+        no_masquerade=[parse_prefix(text) for text in options.non_masquerade_cidrs],
+    )
+    built.syncs.append(Sync("routes", compiler.update, NodeRoutes()))
+    if options.masquerade:
+        built.syncs.append(Sync("masquerade", compiler.update, NodesPart()))
+    built.requirements += FORWARDING
+
+
+def _add_services(built: Built, options: Options, node: Node) -> None:
+    compiler = ServiceCompiler(own_node.facts(node), own_node.proxy_config(options, node))
+    built.syncs.append(Sync("services", compiler.update, None))
+
+
+def _add_cni(built: Built, options: Options, node: Node) -> None:
+    routes = next((s.path for s in built.syncs if isinstance(s.path, NodeRoutes)), None)
+
+    def config() -> NodeConfig:
+        return NodeConfig(
+            bridge=BRIDGE,
+            pod_cidrs=own_node.pod_cidrs(node),
+            mtu=options.mtu or (routes.pod_mtu() if routes is not None else 0),
+            hairpin=True,
+            default_gateway=True,
+            wiring=options.wiring,
+        )
+
+    def make(loop: Loop, store: Store, synced: Callable[[], bool]) -> Pods:
+        return Pods(options, config, None)
+
+    built.cni = make
+    if options.wiring == "bridge":
+        built.requirements += BRIDGE_NETFILTER
+
+
+def all_paths(options: Options) -> Iterator[tuple[str, Part[Any]]]:
+    """Every part that this or another data path may have left in the kernel, for `--cleanup`."""
+    yield "routes", NodeRoutes()
+    yield "masquerade", NodesPart()
+
+
+__all__: Sequence[str] = ("BRIDGE", "Built", "all_paths", "build", "kinds", "missing")

@@ -1,0 +1,115 @@
+"""The CNI server of the agent, and the spoof guard on the pods' ports."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from podwire.agent.logs import event
+from podwire.agent.options import Options
+from podwire.cni import assembly, conflist
+from podwire.cni.plan import NodeConfig
+from podwire.cni.server import CniServer, refuse
+from podwire.datapath.nftables.spoof import Binding, SpoofGuard
+from podwire.errors import KernelError
+from podwire.ipam.state import State
+from podwire.net import Address
+from podwire.wiring import Attachment
+
+log = logging.getLogger("podwire.agent.pods")
+
+
+
+class _Guard:
+    """The spoof guard as the CNI room asks for it."""
+
+    def __init__(self) -> None:
+        self._guard = SpoofGuard()
+
+    def bind(self, host_ifname: str, mac: bytes, addresses: Sequence[Address]) -> None:
+        self._guard.bind(host_ifname, mac, addresses)
+
+    def unbind(self, host_ifname: str) -> None:
+        self._guard.unbind(host_ifname)
+
+    def restore(self, bindings: Mapping[str, tuple[bytes, Sequence[Address]]]) -> None:
+        self._guard.start(
+            {name: Binding(mac, frozenset(some)) for name, (mac, some) in bindings.items()}
+        )
+
+    def verify(self) -> list[str]:
+        self._guard.flush()
+        return self._guard.verify()
+
+    def cleanup(self) -> None:
+        self._guard.cleanup()
+
+
+class Gate(Protocol):
+    """Decides when a pod may be on the network (`agent.admission`)."""
+
+    def restore(self, attachments: Sequence[Attachment]) -> None: ...
+    def admit(self, attachment: Attachment) -> None: ...
+    def dismiss(self, attachment: Attachment) -> None: ...
+
+
+def _nobody_asks(_: Attachment) -> None:
+    """Policies are not this agent's."""
+
+
+class Pods:
+    """The CNI server of one agent."""
+
+    def __init__(
+        self,
+        options: Options,
+        node: Callable[[], NodeConfig],
+        gate: Gate | None,
+    ) -> None:
+        self._options = options
+        self._serving = False
+        self._state = State(options.state_dir / assembly.STATE_FILE)
+        self.guard = _Guard() if options.wiring == "bridge" else None
+        if gate is not None:
+            gate.restore(self._state.attachments())
+        lifecycle = assembly.assemble(
+            self._state,
+            node=node,
+            guard=self.guard,
+            admit=gate.admit if gate else _nobody_asks,
+            dismiss=gate.dismiss if gate else _nobody_asks,
+        )
+        self._server = CniServer(options.run_dir, lifecycle, self._ready)
+
+    def start(self) -> None:
+        """Serve, and only then tell the runtime that there is a network."""
+        self._server.start()
+        self._serving = True
+        conflist.write_conflist(self._options.cni_conf_dir)
+        event(log, logging.INFO, "pods are served", conflist=self._options.cni_conf_dir)
+
+    def stop(self) -> None:
+        """The configuration stays: DELs are left for the next agent, ADDs are told to try again."""
+        self._serving = False
+        self._server.stop()
+        self._state.close()
+
+    def verify(self) -> list[str]:
+        """Repairs of the spoof guard."""
+        try:
+            return self.guard.verify() if self.guard is not None else []
+        except KernelError as error:
+            event(log, logging.ERROR, "spoof guard", error=error)
+            return []
+
+    def status(self) -> dict[str, object]:
+        attachments = self._state.attachments()
+        return {
+            "attachments": len(attachments),
+            "addresses": sum(len(each.addresses) for each in attachments),
+        }
+
+    def _ready(self) -> None:
+        if not self._serving:
+            raise refuse("the agent is starting")
