@@ -254,16 +254,17 @@ def _lock(run_dir: Path) -> int:
 
 def run(options: Options) -> int:
     """Run the agent to its end; the exit status."""
+    status = 0
     lock = _lock(options.run_dir)
     try:
         asyncio.run(Agent(options).run())
     except* (PodwireError, OSError) as group:
         for error in group.exceptions:
             event(log, logging.ERROR, "cannot go on", error=error)
-        return 1
+        status = 1
     finally:
         os.close(lock)
-    return 0
+    return status
 
 
 def cleanup(options: Options) -> int:

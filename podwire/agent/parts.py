@@ -124,7 +124,7 @@ def _add_cni(built: Built, options: Options, node: Node) -> None:
             mtu=options.mtu or (routes.pod_mtu() if routes is not None else 0),
             hairpin=True,
             default_gateway=True,
-            wiring=options.wiring,
+            wiring="bridge" if options.wiring == "bridge" else "routed",
         )
 
     def make(loop: Loop, store: Store, synced: Callable[[], bool]) -> Pods:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from podwire.agent.logs import event
@@ -11,39 +11,14 @@ from podwire.agent.options import Options
 from podwire.cni import assembly, conflist
 from podwire.cni.plan import NodeConfig
 from podwire.cni.server import CniServer, refuse
-from podwire.datapath.nftables.spoof import Binding, SpoofGuard
+from podwire.datapath.nftables.spoof import SpoofGuard
+from podwire.datapath.nftables.spoof_routed import RoutedSpoofGuard
 from podwire.errors import KernelError
 from podwire.ipam.state import State
-from podwire.net import Address
 from podwire.wiring import Attachment
+from podwire.wiring.routed import RoutedWiring
 
 log = logging.getLogger("podwire.agent.pods")
-
-
-
-class _Guard:
-    """The spoof guard as the CNI room asks for it."""
-
-    def __init__(self) -> None:
-        self._guard = SpoofGuard()
-
-    def bind(self, host_ifname: str, mac: bytes, addresses: Sequence[Address]) -> None:
-        self._guard.bind(host_ifname, mac, addresses)
-
-    def unbind(self, host_ifname: str) -> None:
-        self._guard.unbind(host_ifname)
-
-    def restore(self, bindings: Mapping[str, tuple[bytes, Sequence[Address]]]) -> None:
-        self._guard.start(
-            {name: Binding(mac, frozenset(some)) for name, (mac, some) in bindings.items()}
-        )
-
-    def verify(self) -> list[str]:
-        self._guard.flush()
-        return self._guard.verify()
-
-    def cleanup(self) -> None:
-        self._guard.cleanup()
 
 
 class Gate(Protocol):
@@ -52,6 +27,12 @@ class Gate(Protocol):
     def restore(self, attachments: Sequence[Attachment]) -> None: ...
     def admit(self, attachment: Attachment) -> None: ...
     def dismiss(self, attachment: Attachment) -> None: ...
+
+
+def _guard(wiring: str) -> SpoofGuard | RoutedSpoofGuard:
+    guard = SpoofGuard() if wiring == "bridge" else RoutedSpoofGuard()
+    guard.start()
+    return guard
 
 
 def _nobody_asks(_: Attachment) -> None:
@@ -70,13 +51,14 @@ class Pods:
         self._options = options
         self._serving = False
         self._state = State(options.state_dir / assembly.STATE_FILE)
-        self.guard = _Guard() if options.wiring == "bridge" else None
+        self.guard = _guard(options.wiring)
         if gate is not None:
             gate.restore(self._state.attachments())
         lifecycle = assembly.assemble(
             self._state,
             node=node,
             guard=self.guard,
+            wirings={"routed": RoutedWiring()} if options.wiring != "bridge" else None,
             admit=gate.admit if gate else _nobody_asks,
             dismiss=gate.dismiss if gate else _nobody_asks,
         )
@@ -98,7 +80,7 @@ class Pods:
     def verify(self) -> list[str]:
         """Repairs of the spoof guard."""
         try:
-            return self.guard.verify() if self.guard is not None else []
+            return self.guard.verify()
         except KernelError as error:
             event(log, logging.ERROR, "spoof guard", error=error)
             return []
