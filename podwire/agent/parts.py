@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,8 @@ class Built:
     serving: list[Callable[[ControlServer, Store, Loop], None]] = field(
         default_factory=list[Callable[[ControlServer, Store, Loop], None]]
     )
-    tasks: list[Callable[[Any], Awaitable[None]]] = field(
-        default_factory=list[Callable[[Any], Awaitable[None]]]
+    tasks: list[Callable[[Any], Coroutine[Any, Any, None]]] = field(
+        default_factory=list[Callable[[Any], Coroutine[Any, Any, None]]]
     )
 
     def serve(self, control: ControlServer, store: Store, loop: Loop) -> None:
