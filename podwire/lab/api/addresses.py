@@ -69,9 +69,6 @@ class ServiceAddresses:
         spec = service["spec"]
         before = tree.mapping(old or {}, "spec")
         if spec.get("type") == "ExternalName":
-            if old and before.get("clusterIPs") == spec.get("clusterIPs"):
-                for name in ("clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"):
-                    spec.pop(name, None)
             return []
         self._keep(spec, before)
         problems = self._fill_families(spec)
@@ -117,11 +114,8 @@ class ServiceAddresses:
             return [invalid("spec.ipFamilyPolicy", policy, why)]
         wanted = 1 if policy == "SingleStack" else 2
         families += [family for family in known if family not in families]
-        if not spec.get("ipFamilies") or len(spec["ipFamilies"]) < wanted:
-            families = families[:wanted]
-        elif policy == "SingleStack" and len(spec["ipFamilies"]) > 1:
-            families = spec["ipFamilies"]  # validation names it
-        spec["ipFamilies"] = families
+        # more than the policy allows stays as it was given: validation names it
+        spec["ipFamilies"] = families[: max(wanted, len(tree.texts(spec, "ipFamilies")))]
         return []
 
     def _fill_addresses(self, spec: Json, before: Json) -> list[FieldError]:
@@ -154,9 +148,6 @@ class ServiceAddresses:
         mine = {port.get("nodePort"): port for port in tree.mappings(before, "ports")}
         problems: list[FieldError] = []
         if spec["type"] == "ClusterIP":
-            for port in tree.mappings(spec, "ports"):  # was a NodePort: given back, not refused
-                if port.get("nodePort") in mine:
-                    port.pop("nodePort", None)
             return problems
         chosen: set[int] = set()
         by_number: dict[int, int] = {}
@@ -222,6 +213,30 @@ class ServiceAddresses:
 
     def _pool(self, address: Address) -> AddressRange | None:
         return self.ranges.get("IPv6" if len(address) == 16 else "IPv4")
+
+
+def drop_what_the_type_lost(spec: Json, before: Json) -> None:
+    """Fields that an update kept from the old type, and that the new one has no use for, go.
+
+    What the update set itself stays, to be judged. Source: dropTypeDependentFields.
+    """
+    kind = spec.get("type", "ClusterIP")
+    names: list[str] = []
+    if kind == "ExternalName":
+        names += ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"]
+        names += ["internalTrafficPolicy"]
+    if kind != "LoadBalancer":
+        names += ["healthCheckNodePort", "allocateLoadBalancerNodePorts", "loadBalancerClass"]
+    if kind not in ("NodePort", "LoadBalancer"):
+        if not spec.get("externalIPs"):
+            names.append("externalTrafficPolicy")
+        had = {port.get("nodePort") for port in tree.mappings(before, "ports")}
+        for port in tree.mappings(spec, "ports"):
+            if port.get("nodePort") in had:
+                port.pop("nodePort", None)
+    for name in names:
+        if name in spec and spec[name] == before.get(name):
+            del spec[name]
 
 
 def _same_port(port: Json, before: Json) -> int | None:

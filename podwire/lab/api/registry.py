@@ -17,7 +17,7 @@ from podwire.kube.objects import Json
 from podwire.lab import tree
 from podwire.lab.api import patch as patches
 from podwire.lab.api import status as errors
-from podwire.lab.api.addresses import ServiceAddresses
+from podwire.lab.api.addresses import ServiceAddresses, drop_what_the_type_lost
 from podwire.lab.api.apply import apply as apply_fields
 from podwire.lab.api.defaults import DEFAULTS
 from podwire.lab.api.merge_keys import schema_of
@@ -78,8 +78,7 @@ class Registry:
         self.addresses = addresses
         self.now = now
         self.namespaces = self._builtin("v1", "Namespace")
-        definitions = self._builtin("apiextensions.k8s.io/v1", "CustomResourceDefinition")
-        self.storage.collection(definitions).observers.append(self._definition_changed)
+        self.storage.observe(self._definition_changed)
 
     def _builtin(self, api_version: str, kind: str) -> ApiResource:
         resource = self.catalogue.of(api_version, kind)
@@ -168,6 +167,8 @@ class Registry:
         if not resource.builtin:
             return
         check_types(resource, obj)
+        if resource.kind == "Service" and old:
+            drop_what_the_type_lost(obj["spec"], old["spec"])
         if fill := DEFAULTS.get(resource.kind):
             fill(obj)
         problems = validate(resource.kind, obj, old)
@@ -267,6 +268,21 @@ class Registry:
         if resource.kind == "Service" and resource.builtin:
             self.addresses.record(None, record.obj)
         return record
+
+    def amend(self, resource: ApiResource, key: Key, **parts: Any) -> Record | None:
+        """The controllers' door: set whole top-level parts (status, spec, metadata) as they are.
+
+        What is equal already, or gone, is left alone.
+        """
+        old = self.storage.collection(resource).records.get(key)
+        if old is None or all(old.obj.get(name) == part for name, part in parts.items()):
+            return old
+        obj = {**old.obj, **parts}
+        obj["metadata"] = dict(obj["metadata"])
+        self._bump_generation(resource, obj, old.obj)
+        if self._is_finished(obj):
+            return self._remove(resource, key)
+        return self._store(resource, obj, old, dry_run=False)
 
     # --- patch -----------------------------------------------------------------------------------
 
@@ -418,6 +434,8 @@ class Registry:
     # --- custom resources ------------------------------------------------------------------------
 
     def _definition_changed(self, event: Event) -> None:
+        if event.resource.kind != "CustomResourceDefinition":
+            return
         if event.old:
             for resource in from_definition(event.old.obj):
                 self.catalogue.remove(resource)

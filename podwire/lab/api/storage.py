@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, ValuesView
 from typing import Any, TypeAlias
 
 import msgspec
@@ -47,9 +47,12 @@ class Record:
 class Event:
     """ADDED, MODIFIED or DELETED; a deleted record carries the version of its deletion."""
 
-    __slots__ = ("_frame", "old", "record", "type")
+    __slots__ = ("_frame", "old", "record", "resource", "type")
 
-    def __init__(self, type: str, record: Record, old: Record | None) -> None:
+    def __init__(
+        self, resource: ApiResource, type: str, record: Record, old: Record | None
+    ) -> None:
+        self.resource = resource
         self.type = type
         self.record = record
         self.old = old
@@ -85,17 +88,30 @@ class Collection:
     def __init__(self, resource: ApiResource, log_length: int) -> None:
         self.resource = resource
         self.records: dict[Key, Record] = {}
+        self._homes: dict[str, dict[Key, Record]] = {}
         self.log: deque[Event] = deque(maxlen=log_length)
         self.forgotten = 0  # the highest version that fell out of the log
         self.watchers: set[Watcher] = set()
-        self.observers: list[Callable[[Event], None]] = []
 
     def select(self, namespace: str) -> list[Record]:
         """The records of a namespace, or of all (""), in the order of their keys."""
-        items = self.records.items()
-        if namespace:
-            items = [item for item in items if item[0][0] == namespace]
-        return [record for _, record in sorted(items)]
+        records = self._homes.get(namespace, {}) if namespace else self.records
+        return [records[key] for key in sorted(records)]
+
+    def within(self, namespace: str) -> ValuesView[Record]:
+        """The records of one namespace, in no order."""
+        return self._homes.get(namespace, {}).values()
+
+    def put(self, key: Key, record: Record) -> Record | None:
+        """Store; returns what was there before."""
+        old = self.records.get(key)
+        self.records[key] = record
+        self._homes.setdefault(key[0], {})[key] = record
+        return old
+
+    def pop(self, key: Key) -> Record:
+        del self._homes[key[0]][key]
+        return self.records.pop(key)
 
     def since(self, version: int) -> Iterable[Event]:
         """The events after `version`. Raises StatusError (410) when some are forgotten."""
@@ -112,6 +128,11 @@ class Storage:
         self._log_length = log_length
         self._collections: dict[tuple[str, str], Collection] = {}
         self._snapshots: dict[int, tuple[int, list[Record]]] = {}
+        self._observers: list[Callable[[Event], None]] = []
+
+    def observe(self, observer: Callable[[Event], None]) -> None:
+        """Call `observer` for every event of every resource, at the moment it happens."""
+        self._observers.append(observer)
 
     def collection(self, resource: ApiResource) -> Collection:
         """One resource's objects; all versions of a kind share them by the first one's form."""
@@ -130,20 +151,18 @@ class Storage:
         obj["metadata"]["resourceVersion"] = str(self.version)
         record = Record(obj, self.version)
         collection = self.collection(resource)
-        key = record.key
-        old = collection.records.get(key)
-        collection.records[key] = record
-        self._tell(collection, Event("MODIFIED" if old else "ADDED", record, old))
+        old = collection.put(record.key, record)
+        self._tell(collection, Event(resource, "MODIFIED" if old else "ADDED", record, old))
         return record
 
     def remove(self, resource: ApiResource, key: Key) -> Record:
         """Delete; returns the last state with the version of its deletion."""
         self.version += 1
         collection = self.collection(resource)
-        old = collection.records.pop(key)
+        old = collection.pop(key)
         metadata = {**old.obj["metadata"], "resourceVersion": str(self.version)}
         record = Record({**old.obj, "metadata": metadata}, self.version)
-        self._tell(collection, Event("DELETED", record, old))
+        self._tell(collection, Event(resource, "DELETED", record, old))
         return record
 
     def _tell(self, collection: Collection, event: Event) -> None:
@@ -153,7 +172,7 @@ class Storage:
         log.append(event)
         for watcher in collection.watchers:
             watcher.push(event)
-        for observer in collection.observers:
+        for observer in self._observers:
             observer(event)
 
     # --- paging: the first page keeps the whole list, so that all pages show one moment -----------
