@@ -31,7 +31,7 @@ from podwire.kernel.netlink import (
 )
 
 _AF_BRIDGE = 7
-_IFNAME, _LINKINFO, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA, _STATE = 3, 18, 4, 5, 1
+_IFNAME, _LINKINFO, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 3, 18, 4, 5
 _PROTINFO, _AF_SPEC, _EXT_MASK = 12, 26, 29
 _BRIDGE_FLAGS, _BRIDGE_VLAN_INFO = 0, 2
 _FLAGS_SELF = 2
@@ -74,23 +74,12 @@ def set_port_flags(port: int, flags: PortFlags) -> Request:
     return Request(RTM_SETLINK, 0, body, f"set the flags of bridge port {port}")
 
 
-STATE_DISABLED, STATE_FORWARDING = 0, 3
-
-
 def change_port(
-    port: int | str,
-    *,
-    state: int | None = None,
-    hairpin: bool | None = None,
-    isolated: bool | None = None,
+    port: int | str, *, hairpin: bool | None = None, isolated: bool | None = None
 ) -> Request:
-    """Change what is given, of the port with that link index or name.
-
-    A disabled port passes nothing in either direction; unlike a link that goes down it costs no
-    grace period.
-    """
+    """Change what is given, of the port with that link index or name."""
     index, selector = (0, text(_IFNAME, port)) if isinstance(port, str) else (port, b"")
-    wanted = ((_STATE, state), (_HAIRPIN, hairpin), (_ISOLATED, isolated))
+    wanted = ((_HAIRPIN, hairpin), (_ISOLATED, isolated))
     data = nest(_INFO_SLAVE_DATA, *(u8(kind, value) for kind, value in wanted if value is not None))
     info = nest(_LINKINFO, text(_INFO_SLAVE_KIND, "bridge"), data)
     body = IFINFO.pack(0, 0, index, 0, 0) + selector + info

@@ -121,15 +121,8 @@ class BridgeWiring:
 
     def silence(self, attachment: Attachment) -> None:
         options, name = _options(attachment), attachment.host_ifname
-        gone = (errno.ENODEV,)
-        _, failures = self._host.attempt(
-            [
-                bridge.change_port(name, state=bridge.STATE_DISABLED).tolerating(*gone),
-                link.change(name, group=veth.DYING_GROUP).tolerating(*gone),
-            ]
-        )
-        if failures:  # somebody took it off the bridge
-            self._host.run(link.change(name, up=False).tolerating(*gone))
+        # Down, not a disabled port: any later notification about the link enables that again.
+        self._host.run(link.change(name, up=False, group=veth.DYING_GROUP).tolerating(errno.ENODEV))
         if options.gateway and attachment.addresses:
             router = link.find(self._host, _vlan_name(options) if options.vlan else options.name)
             if router:
