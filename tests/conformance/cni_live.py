@@ -1,0 +1,100 @@
+"""The state of a namespace as iproute2 tells it: an observer independent of our own netlink."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from typing import Any
+
+from tests.conformance.cni_node import Namespace
+
+
+class Live:
+    """One look at one namespace."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+        self.links: list[dict[str, Any]] = self.ask("ip", "-d", "-j", "address", "show")
+
+    def ask(self, *command: str) -> list[dict[str, Any]]:
+        text = self._namespace.run(*command).strip()
+        return json.loads(text) if text else []
+
+    def link(self, name: str) -> dict[str, Any] | None:
+        return next((each for each in self.links if each.get("ifname") == name), None)
+
+    def kind(self, link: dict[str, Any]) -> str:
+        return link.get("linkinfo", {}).get("info_kind", "")
+
+    def addresses(self, name: str) -> list[str]:
+        """Without link-local ones."""
+        found = (self.link(name) or {}).get("addr_info", [])
+        return [
+            f"{each['local']}/{each['prefixlen']}"
+            for each in found
+            if each.get("scope") != "link" and "local" in each
+        ]
+
+    def tentative(self) -> list[str]:
+        return [
+            each["local"]
+            for link in self.links
+            for each in link.get("addr_info", [])
+            if each.get("tentative") and each.get("scope") != "link"
+        ]
+
+    def routes(self, family: int) -> list[dict[str, Any]]:
+        found = self.ask("ip", f"-{family}", "-j", "route", "show", "table", "all")
+        return [{"table": "main", **_named(each)} for each in found]
+
+    def rules(self) -> list[dict[str, Any]]:
+        return self.ask("ip", "-j", "rule") + self.ask("ip", "-6", "-j", "rule")
+
+    def neighbours(self) -> list[dict[str, Any]]:
+        return self.ask("ip", "-j", "neigh", "show")
+
+    def qdiscs(self) -> list[dict[str, Any]]:
+        return self.ask("tc", "-j", "qdisc", "show")
+
+    def vlans(self, name: str) -> list[dict[str, Any]]:
+        for each in self.ask("bridge", "-j", "-compressvlans", "vlan", "show"):
+            if each.get("ifname") == name:
+                return [_vlan(vlan) for vlan in each.get("vlans", [])]
+        return []
+
+    def rule_text(self) -> str:
+        """Every rule and element of nf_tables and of iptables."""
+        parts = [self._namespace.run("nft", "list", "ruleset")]
+        for program in ("iptables-save", "ip6tables-save"):
+            done = self._namespace.shell(f"{program} 2>/dev/null || true")
+            parts.append(done.stdout)
+        return "\n".join(parts)
+
+
+def normal(text: Any) -> Any:
+    """Addresses and prefixes in one spelling; other things as they are."""
+    if not isinstance(text, str):
+        return text
+    if text in ("default",):
+        return text
+    try:
+        return str(ipaddress.ip_interface(text)) if "/" in text else str(ipaddress.ip_address(text))
+    except ValueError:
+        return text.lower() if text.count(":") == 5 else text
+
+
+def _named(route: dict[str, Any]) -> dict[str, Any]:
+    named = {key: value for key, value in route.items() if key != "gateway"}
+    if "gateway" in route:
+        named["via"] = route["gateway"]
+    return named
+
+
+def _vlan(vlan: dict[str, Any]) -> dict[str, Any]:
+    flags = vlan.get("flags", [])
+    return {
+        "vid": vlan.get("vlan"),
+        "end": vlan.get("vlanEnd", vlan.get("vlan")),
+        "pvid": "PVID" in flags,
+        "untagged": "Egress Untagged" in flags,
+    }
