@@ -246,7 +246,7 @@ class NetlinkSocket:
             flags |= NLM_F_REQUEST if sequence != last else NLM_F_REQUEST | NLM_F_ACK
             out.append(_HEADER.pack(16 + len(body), kind, flags, sequence, 0))
             out.append(body)
-        self._socket.send(b"".join(out))
+        self._send(b"".join(out))
         while True:
             for kind, flags, sequence, body in self._receive():
                 if not first <= sequence <= last:
@@ -265,7 +265,7 @@ class NetlinkSocket:
         sequence = self._sequence
         flags = request.flags | NLM_F_REQUEST
         header = _HEADER.pack(16 + len(request.body), request.type, flags, sequence, 0)
-        self._socket.send(header + request.body)
+        self._send(header + request.body)
         bodies: list[bytes] = []
         interrupted = False
         while True:
@@ -281,9 +281,18 @@ class NetlinkSocket:
                     raise failure.error()
                 return bodies, interrupted
 
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.send(data)
+        except OSError as error:
+            raise _broken("write to", error) from None
+
     def _receive(self) -> list[tuple[int, int, int, bytes]]:
         """One datagram as ``(type, flags, sequence, body)``."""
-        data = self._socket.recv(_BATCH_BYTES)
+        try:
+            data = self._socket.recv(_BATCH_BYTES)
+        except OSError as error:
+            raise _broken("read from", error) from None
         messages: list[tuple[int, int, int, bytes]] = []
         offset = 0
         while offset + 16 <= len(data):
@@ -300,6 +309,11 @@ _OPTIONS = (
     (socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES),
     (socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES),
 )
+
+
+def _broken(verb: str, error: OSError) -> KernelError:
+    errno = error.errno or 0
+    return KernelError(f"cannot {verb} the netlink socket: {os.strerror(errno)}", errno=errno)
 
 
 def _batches(requests: Sequence[Request]) -> Iterable[Sequence[Request]]:

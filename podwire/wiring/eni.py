@@ -19,11 +19,13 @@ from podwire.errors import KernelError
 from podwire.kernel import address, link, route, rule
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.link import Link
+from podwire.kernel.monitor import Event
 from podwire.kernel.netlink import NetlinkSocket, Request
 from podwire.kernel.route import TABLE_MAIN, Route
 from podwire.kernel.rule import Rule
 from podwire.net import Address, Prefix, format_address
 from podwire.wiring import KERNEL_PROTOCOL
+from podwire.wiring.interference import taken_away
 from podwire.wiring.veth import host_prefix
 
 # 1025-1534 are free for others.
@@ -109,6 +111,13 @@ class EniLinks:
                 failed = {failure.request.what for failure in failures}
                 repairs += [each.what for each in requests if each.what not in failed]
         return repairs
+
+    def concerns(self, event: Event) -> bool:
+        """Whether a notification is a reason to `restore`."""
+        if event.type == link.RTM_NEWLINK:  # IPv4 routes go silently when a link goes down
+            mac = link.parse(event.body).mac.hex(":")
+            return mac in self._enis
+        return taken_away(event)
 
     def _find(self, eni: Eni) -> Link | None:
         mac = bytes.fromhex(eni.mac.replace(":", ""))

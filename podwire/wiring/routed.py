@@ -25,12 +25,14 @@ import msgspec
 
 from podwire.kernel import link, neighbour, route, rule, sysctl
 from podwire.kernel.link import Link
+from podwire.kernel.monitor import Event
 from podwire.kernel.neighbour import Neighbour
 from podwire.kernel.netlink import NetlinkSocket, Request
 from podwire.kernel.route import TABLE_MAIN, Route
 from podwire.kernel.rule import Rule
 from podwire.net import Address, Prefix, parse_address
 from podwire.wiring import KERNEL_PROTOCOL, Attachment, HostLink, PodAddress, PodRoute, veth
+from podwire.wiring.interference import taken_away
 from podwire.wiring.veth import host_prefix
 
 PREFIX = "eni"
@@ -185,6 +187,10 @@ class RoutedWiring:
             _, failures = self._host.attempt(requests)
         failed = {failure.request.what for failure in failures}
         return [request.what for request in requests if request.what not in failed]
+
+    def concerns(self, event: Event) -> bool:
+        """Whether a notification is a reason to `restore`."""
+        return taken_away(event)
 
     def _make_pair(self, attachment: Attachment, netns_fd: int) -> Link:
         """Both ends down; the host end with a MAC that no udev policy changes."""

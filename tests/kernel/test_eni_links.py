@@ -12,9 +12,11 @@ from podwire.errors import KernelError
 from podwire.kernel import address, link, netns, route, rule
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.link import End
+from podwire.kernel.monitor import Monitor
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address, Prefix, parse_address, parse_prefix
 from podwire.wiring.eni import EniLinks
+from podwire.wiring.interference import GROUPS
 from tests.conftest import present
 
 A, P = parse_address, parse_prefix
@@ -78,13 +80,17 @@ def test_tables_and_rules(enis: EniLinks, sock: NetlinkSocket, netns_fd: int) ->
     enis.close()
 
 
-def test_what_somebody_wiped_comes_back(enis: EniLinks, sock: NetlinkSocket) -> None:
+def test_what_somebody_wiped_comes_back(enis: EniLinks, sock: NetlinkSocket, netns_fd: int) -> None:
     before = rule.dump(sock), route.dump(sock, table=2)
     eth1 = present(sock, "eth1").index
+    monitor = Monitor(GROUPS, netns_fd)
     for each in rule.dump(sock):
         if each.protocol == 112:
             sock.run(rule.delete(each))
+            assert any(map(enis.concerns, monitor.drain()))
     sock.run(link.change(eth1, up=False, mtu=1500))
+    assert any(map(enis.concerns, monitor.drain()))
+    monitor.close()
     assert route.dump(sock, table=2) == []
     assert len(enis.restore()) == 5  # the link, two rules, two routes
     assert (rule.dump(sock), route.dump(sock, table=2)) == before

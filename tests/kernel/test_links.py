@@ -165,3 +165,10 @@ def test_a_batch_goes_on_after_a_refusal_and_names_it(sock: NetlinkSocket) -> No
         sock.run(*requests)
     sock.run(link.add_bridge(End("br2")).tolerating(errno.EEXIST))
     assert len(link.dump(sock, kind="bridge")) == 3
+
+
+def test_a_closed_socket_is_a_clear_error(netns_fd: int) -> None:
+    closed = NetlinkSocket(netns_fd=netns_fd)
+    closed.close()
+    with pytest.raises(KernelError, match="cannot write to the netlink socket"):
+        closed.run(link.get("lo"))

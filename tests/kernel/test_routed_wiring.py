@@ -14,9 +14,11 @@ from podwire.errors import KernelError
 from podwire.kernel import address, link, netns, route, rule, sysctl
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.link import End
+from podwire.kernel.monitor import Monitor
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import parse_address, parse_prefix
 from podwire.wiring import Attachment, Key, Pod, PodAddress
+from podwire.wiring.interference import GROUPS
 from podwire.wiring.routed import RoutedWiring, host_ifname
 from tests.conftest import present
 from tests.traffic import udp_source
@@ -186,7 +188,9 @@ def test_what_somebody_wiped_comes_back(node: Node) -> None:
     other, _ = node.pod("b", "10.0.1.6", table=ENI_TABLE)
     assert node.wiring.restore() == []
     foreign = rule.from_prefix(P("10.9.9.9/32"), 1536, 7)
-    node.sock.run(rule.add(foreign))
+    monitor = Monitor(GROUPS, node.fd)
+    node.sock.run(rule.add(foreign), rule.delete(foreign), rule.add(foreign))
+    assert not any(map(node.wiring.concerns, monitor.drain()))
     for command in (
         ["rule", "flush"],
         ["-6", "rule", "flush"],
@@ -194,6 +198,8 @@ def test_what_somebody_wiped_comes_back(node: Node) -> None:
         ["neigh", "del", "10.0.1.6", "dev", host_ifname(attachment("b"))],
     ):
         node.ip(*command)
+        assert any(map(node.wiring.concerns, monitor.drain())), command
+    monitor.close()
     node.sock.run(rule.add(rule.Rule(32766, route.TABLE_MAIN)), rule.add(foreign))
     problems = node.wiring.check(made, fd)
     assert any("rule 512" in problem for problem in problems)
