@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from podwire.agent import node as own_node
+from podwire.agent import services_api
 from podwire.agent.control import ControlServer
 from podwire.agent.loop import Loop
 from podwire.agent.options import Options
@@ -20,7 +21,7 @@ from podwire.kube.objects import EndpointSlice, Node, Service, ServiceCIDR
 from podwire.kube.store import Kind, Store
 from podwire.net import parse_prefix
 from podwire.nodes import RouteCompiler
-from podwire.services import ServiceCompiler
+from podwire.services import ServiceCompiler, ServiceTable
 from podwire.wiring.routes import NodeRoutes
 
 BRIDGE = "cni0"
@@ -111,7 +112,18 @@ def _add_nodes(built: Built, options: Options) -> None:
 
 def _add_services(built: Built, options: Options, node: Node) -> None:
     compiler = ServiceCompiler(own_node.facts(node), own_node.proxy_config(options, node))
-    built.syncs.append(Sync("services", compiler.update, None))
+    sync: Sync[ServiceTable] = Sync("services", compiler.update, None)
+    built.syncs.append(sync)
+
+    def serve(control: ControlServer, store: Store, _: Loop) -> None:
+        control.route("/v1/services", lambda query: services_api.listing(compiler.table, query))
+        control.route("/v1/services/show", lambda query: services_api.show(compiler.table, query))
+        control.route(
+            "/v1/services/resolve",
+            lambda query: services_api.resolve(store, compiler.table, query),
+        )
+
+    built.serving.append(serve)
 
 
 def _add_cni(built: Built, options: Options, node: Node) -> None:

@@ -6,27 +6,23 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from podwire.agent.control import ask
+from podwire.cli import agents
 from podwire.cli.paint import paint, table
 from podwire.errors import ApiError
 
-RUN_DIR = Path("/run/podwire")
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run-dir", type=Path, help=f"of one agent (default {RUN_DIR})")
-    parser.add_argument("--lab", metavar="NAME", help="every node of a lab")
-    parser.add_argument("--json", action="store_true", help="the whole answer as JSON")
+    agents.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when every agent asked is healthy, 1 otherwise."""
     answers: dict[str, Any] = {}
     failed = False
-    for run_dir in _run_dirs(args):
+    for run_dir in agents.run_dirs(args):
         try:
             answers[str(run_dir)] = ask(run_dir / "agent.sock", "/v1/status")
         except ApiError as error:
@@ -39,22 +35,6 @@ def run(args: argparse.Namespace) -> int:
         for answer in answers.values():
             _print(answer)
     return 1 if failed or any(a.get("healthy") is False for a in answers.values()) else 0
-
-
-def _run_dirs(args: argparse.Namespace) -> list[Path]:
-    if args.run_dir:
-        return [args.run_dir]
-    if args.lab:
-        nodes = RUN_DIR / "lab" / args.lab / "nodes"
-        found = sorted(nodes.glob("*/run")) if nodes.is_dir() else []
-        if not found:
-            raise ApiError(f"no lab named {args.lab!r} runs here (podwire lab ls)")
-        return found
-    if not (RUN_DIR / "agent.sock").exists():
-        labs = sorted(RUN_DIR.glob("lab/*/nodes/*/run"))
-        if labs:
-            return labs
-    return [RUN_DIR]
 
 
 def _print(answer: dict[str, Any]) -> None:

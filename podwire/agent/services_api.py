@@ -1,0 +1,188 @@
+"""What `podwire services` asks: pure functions from the table to something JSON can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from podwire.errors import InvalidObject
+from podwire.kube.objects import Pod
+from podwire.kube.store import Store
+from podwire.net import (
+    Address,
+    Prefix,
+    Protocol,
+    format_address,
+    format_endpoint,
+    parse_address,
+)
+from podwire.services import (
+    Frontend,
+    FrontendKind,
+    Packet,
+    ServicePort,
+    ServicePortName,
+    ServiceTable,
+    backend_address,
+    format_backend,
+)
+
+UPLINK = "uplink"  # any interface behind which no pod lives
+PODS = "pods"
+
+_KINDS = {
+    FrontendKind.CLUSTER_IP: "ClusterIP",
+    FrontendKind.LOAD_BALANCER: "LoadBalancer",
+    FrontendKind.EXTERNAL_IP: "ExternalIP",
+    FrontendKind.NODE_PORT: "NodePort",
+}
+
+
+def listing(table: ServiceTable, query: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row per frontend; ``namespace`` in the query narrows it down."""
+    namespace = query.get("namespace", "")
+    rows = [
+        _row(name, port, frontend)
+        for name, port in table.ports.items()
+        if not namespace or name.namespace == namespace
+        for frontend in port.frontends
+    ]
+    return sorted(rows, key=lambda row: (row["service"], row["kind"], row["frontend"]))
+
+
+def _row(name: ServicePortName, port: ServicePort, frontend: Frontend) -> dict[str, Any]:
+    local = port.is_local(frontend.kind)
+    address = (
+        format_endpoint(frontend.address, frontend.port)
+        if frontend.address
+        else f"*:{frontend.port}"
+    )
+    return {
+        "service": f"{name.namespace}/{name.name}",
+        "port": name.port_name,
+        "kind": _KINDS[frontend.kind],
+        "frontend": address,
+        "protocol": name.protocol.name,
+        "family": name.family,
+        "policy": "Local" if local else "Cluster",
+        "backends": len(port.local if local else port.cluster),
+        "affinity_timeout_s": port.affinity_timeout_s,
+    }
+
+
+def show(table: ServiceTable, query: Mapping[str, str]) -> list[dict[str, Any]]:
+    """All about one Service; `name` is ``namespace/name``. Raises InvalidObject."""
+    namespace, _, name = query.get("name", "").rpartition("/")
+    found = [
+        port
+        for key, port in table.ports.items()
+        if key.name == name and key.namespace == (namespace or "default")
+    ]
+    problems = {
+        what: why
+        for what, why in table.problems.items()
+        if what.split(":")[0].endswith(f" {namespace or 'default'}/{name}")
+    }
+    if not found and not problems:
+        raise InvalidObject("no such Service is programmed here", object=f"Service {query['name']}")
+    return [
+        {
+            "service": f"{port.name.namespace}/{port.name.name}",
+            "port": port.name.port_name,
+            "protocol": port.name.protocol.name,
+            "family": port.name.family,
+            "frontends": [_row(port.name, port, each) for each in port.frontends],
+            "cluster": [format_backend(each) for each in port.cluster],
+            "local": [format_backend(each) for each in port.local],
+            "has_endpoints": port.has_endpoints,
+            "internal_traffic_policy": "Local" if port.internal_local else "Cluster",
+            "external_traffic_policy": "Local" if port.external_local else "Cluster",
+            "affinity_timeout_s": port.affinity_timeout_s,
+            "source_ranges": _texts(port.source_ranges),
+            "problems": problems,
+        }
+        for port in sorted(found, key=lambda each: str(each.name))
+    ] or [{"service": query["name"], "problems": problems}]
+
+
+def _texts(prefixes: Iterable[Prefix] | None) -> list[str] | None:
+    return None if prefixes is None else [str(each) for each in prefixes]
+
+
+def resolve(store: Store, table: ServiceTable, query: Mapping[str, str]) -> dict[str, Any]:
+    """What becomes of a new connection ``src`` → ``dst``:``port``/``protocol``.
+
+    `src` is a pod (``namespace/name``), an address, or ``node``; `dst` an address or a Service
+    (``namespace/name``). Raises InvalidObject.
+    """
+    try:
+        protocol = Protocol[query.get("protocol", "TCP").upper()]
+        port = int(query.get("port", "0"))
+    except (KeyError, ValueError):
+        raise InvalidObject("the destination is ADDRESS:PORT[/TCP|UDP|SCTP]") from None
+    destination = _destination(table, query.get("dst", ""), protocol, port)
+    source, interface = _source(store, table, query.get("src", ""), len(destination))
+    packet = Packet(source, destination, protocol, port, interface)
+    answer = table.resolve(packet)
+    return {
+        "source": format_address(source),
+        "from": {"": "the node itself", UPLINK: "outside"}.get(interface, "a pod"),
+        "destination": format_endpoint(destination, port),
+        "protocol": protocol.name,
+        "verdict": answer.verdict,
+        "reason": answer.reason,
+        "service": str(answer.service) if answer.service else None,
+        "kind": _KINDS[answer.frontend.kind] if answer.frontend else None,
+        "backends": [
+            {
+                "endpoint": format_backend(each),
+                "pod": _pod_of(store.all(Pod).values(), backend_address(each)),
+                "masquerade": answer.masquerades(each),
+            }
+            for each in answer.backends
+        ],
+        "affinity_timeout_s": answer.affinity_timeout_s,
+    }
+
+
+def _destination(table: ServiceTable, text: str, protocol: Protocol, port: int) -> Address:
+    if "/" not in text:
+        return parse_address(text)
+    namespace, name = text.split("/", 1)
+    for key, found in table.ports.items():
+        if (key.namespace, key.name, key.protocol) == (namespace, name, protocol):
+            for frontend in found.frontends:
+                if frontend.kind == FrontendKind.CLUSTER_IP and frontend.port == port:
+                    return frontend.address
+    raise InvalidObject(f"has no {protocol.name} port {port}", object=f"Service {text}")
+
+
+def _source(store: Store, table: ServiceTable, text: str, size: int) -> tuple[Address, str]:
+    node = table.settings.node
+    detect = table.settings.config.detect_local
+    pods = detect.interface.rstrip("*") or PODS
+    if text == "node":
+        own = node.internal_ip(4 if size == 4 else 6)
+        if own is None:
+            raise InvalidObject("has no address of this family", object=f"Node {node.name}")
+        return own, ""
+    if "/" in text:
+        namespace, name = text.split("/", 1)
+        pod = store.get(Pod, (namespace, name))
+        texts = [ip.ip for ip in pod.status.pod_ips] if pod else []
+        address = next((a for a in map(parse_address, texts) if len(a) == size), None)
+        if pod is None or address is None:
+            raise InvalidObject("no such pod, or no address of this family", object=f"Pod {text}")
+        return address, pods if pod.spec.node_name == node.name else UPLINK
+    address = parse_address(text)
+    if address in node.addresses:
+        return address, ""
+    return address, pods if any(address in prefix for prefix in detect.prefixes) else UPLINK
+
+
+def _pod_of(pods: Iterable[Pod], address: Address) -> str | None:
+    text = format_address(address)
+    for pod in pods:
+        if any(ip.ip == text for ip in pod.status.pod_ips):
+            return "/".join(pod.key)
+    return None

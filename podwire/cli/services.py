@@ -1,0 +1,104 @@
+"""`podwire services`: Services as the data path sees them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from typing import Any
+
+from podwire.agent.control import ask
+from podwire.cli import agents
+from podwire.cli.paint import paint, table
+from podwire.errors import ConfigError
+
+_DESTINATION = re.compile(
+    r"^(?P<host>\[[0-9a-fA-F:.]+\]|[^\[\]]+):(?P<port>\d+)(/(?P<protocol>\w+))?$"
+)
+_COLOURS = {"dnat": "green", "accept": "cyan", "reject": "red", "drop": "red"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    ls = commands.add_parser("ls", help="every frontend and how many backends it has")
+    ls.add_argument("-n", "--namespace", default="")
+    show = commands.add_parser("show", help="one Service: frontends, backends, policies")
+    show.add_argument("name", metavar="[NAMESPACE/]NAME")
+    resolve = commands.add_parser("resolve", help="what becomes of a new connection, and why")
+    resolve.add_argument(
+        "source", metavar="SRC", help="a pod (namespace/name), an address, or node"
+    )
+    resolve.add_argument(
+        "destination", metavar="DST:PORT[/PROTO]", help="an address or a Service (namespace/name)"
+    )
+    for each in (ls, show, resolve):
+        agents.add_options(each)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; 1 when the connection resolved would be refused or dropped."""
+    socket = agents.socket(args)
+    match args.action:
+        case "ls":
+            answer = ask(socket, "/v1/services", {"namespace": args.namespace})
+        case "show":
+            answer = ask(socket, "/v1/services/show", {"name": args.name})
+        case _:
+            answer = ask(socket, "/v1/services/resolve", _query(args))
+    if args.json:
+        print(json.dumps(answer, indent=2))
+    else:
+        {"ls": _print_list, "show": _print_one}.get(args.action, _print_resolution)(answer)
+    return 1 if args.action == "resolve" and answer["verdict"] in ("reject", "drop") else 0
+
+
+def _query(args: argparse.Namespace) -> dict[str, str]:
+    match = _DESTINATION.match(args.destination)
+    if match is None:
+        raise ConfigError(f"not DST:PORT[/PROTO]: {args.destination!r}")
+    return {
+        "src": args.source,
+        "dst": match["host"].strip("[]"),
+        "port": match["port"],
+        "protocol": match["protocol"] or "TCP",
+    }
+
+
+def _print_list(rows: list[dict[str, Any]]) -> None:
+    cells = [
+        [row["service"], row["port"] or "-", row["kind"], f"{row['frontend']}/{row['protocol']}",
+         row["policy"], str(row["backends"]) if row["backends"] else paint("red", "0"),
+         f"{row['affinity_timeout_s']} s" if row["affinity_timeout_s"] else "-"]
+        for row in rows
+    ]  # fmt: skip
+    header = ["SERVICE", "PORT", "KIND", "FRONTEND", "POLICY", "BACKENDS", "AFFINITY"]
+    print("\n".join(table(header, cells)))
+
+
+def _print_one(ports: list[dict[str, Any]]) -> None:
+    for port in ports:
+        title = f"{port['service']} {port.get('port') or ''}".strip()
+        print(paint("bold", title))
+        for frontend in port.get("frontends", []):
+            print(f"  {frontend['kind']:<12} {frontend['frontend']}/{frontend['protocol']}"
+                  f"  policy {frontend['policy']}, {frontend['backends']} backends")  # fmt: skip
+        for name in ("cluster", "local"):
+            if port.get(name):
+                print(f"  {name + ' backends':<16} {' '.join(port[name])}")
+        if port.get("source_ranges") is not None:
+            print(f"  source ranges    {' '.join(port['source_ranges']) or 'nobody'}")
+        if port.get("affinity_timeout_s"):
+            print(f"  session affinity {port['affinity_timeout_s']} s by client address")
+        for what, why in port["problems"].items():
+            print(f"  {paint('yellow', 'set aside')} {what}: {why}")
+
+
+def _print_resolution(answer: dict[str, Any]) -> None:
+    verdict = paint(_COLOURS[answer["verdict"]], answer["verdict"])
+    print(f"{answer['source']} ({answer['from']}) → {answer['destination']}/{answer['protocol']}:"
+          f" {verdict}, {answer['reason']}")  # fmt: skip
+    if answer["service"]:
+        print(f"  {answer['kind']} of {answer['service']}")
+    for backend in answer["backends"]:
+        seen = "sees a node address" if backend["masquerade"] else "sees the client's address"
+        print(f"  → {backend['endpoint']} {backend['pod'] or ''} ({seen})")
