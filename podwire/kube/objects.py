@@ -153,6 +153,7 @@ class ServiceSpec(Object, frozen=True, kw_only=True):
     ports: list[ServicePort] = []
     selector: dict[str, str] | None = None
     external_ips: list[str] = msgspec.field(name="externalIPs", default=[])
+    external_name: str = ""
     load_balancer_ip: str = msgspec.field(name="loadBalancerIP", default="")
     load_balancer_source_ranges: list[str] = []
     load_balancer_class: str | None = None
