@@ -2,21 +2,11 @@
 /* Housekeeping of the connection table, walked inside the kernel: half a million entries cost user
  * space one system call and no copy. User space runs it every few seconds, and after changes. */
 #define PODWIRE_NO_PACKETS
+#include "collect.h"
 #include "conntrack.h"
 #include "service.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
-
-enum collect_mode { COLLECT_EXPIRE, COLLECT_DOOMED, COLLECT_MOVE };
-
-struct collect {
-	__u32 mode;
-	__u32 established_s; /* how long a silent TCP connection lives */
-	__u32 datagram_s; /* and an answered UDP flow */
-	__u32 walked; /* out: entries */
-	__u32 removed; /* out: entries expired, forgotten or moved */
-	__u32 failed; /* out: entries that could not be moved */
-};
 
 /* Backends whose UDP flows must end: packets of a flow would go on to an address that is gone. */
 struct {

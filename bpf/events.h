@@ -24,6 +24,7 @@ enum reason {
 	REASON_TOO_BIG,
 	REASON_AFFINITY_FULL,
 	REASON_EVENTS_LOST,
+	REASON_REPLACED, /* a list of backends that gave way to another at this moment */
 	REASON_MAX,
 };
 
@@ -43,10 +44,10 @@ struct event {
 	__u64 time_ns; /* CLOCK_MONOTONIC */
 	__u32 reason;
 	__u32 interface; /* where the packet was seen */
-	__u32 rule; /* the policy rule that decided, or 0 */
-	__u32 source_identity;
-	__u32 destination_identity;
-	__u32 egress; /* whether the egress side decided */
+	__u32 rule; /* the policy that decided, or 0 */
+	__u32 peer_identity; /* as that policy sees the other end */
+	__u32 egress; /* whether the sender's side decided */
+	__u32 pad;
 	struct flow flow; /* after translation of the destination */
 };
 
@@ -71,7 +72,7 @@ static __always_inline struct event *begin_event(enum reason reason, __u32 inter
 	event->time_ns = bpf_ktime_get_ns();
 	event->reason = reason;
 	event->interface = interface;
-	event->rule = event->source_identity = event->destination_identity = event->egress = 0;
+	event->rule = event->peer_identity = event->egress = event->pad = 0;
 	event->flow = *flow;
 	return event;
 }

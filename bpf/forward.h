@@ -6,11 +6,9 @@
 #include "rewrite.h"
 
 struct endpoint { /* a pod of this node, found by its address */
-	__u32 interface; /* the host's end of its veth; 0: not wired by us */
-	__u32 pod; /* id in policies; 0: no policy selects it */
+	__u32 interface; /* the host's end of its veth */
 	__u8 mac[6];
 	__u8 host_mac[6];
-	__u32 identity;
 };
 
 struct {
@@ -23,6 +21,7 @@ struct {
 
 enum interface_flag {
 	INTERFACE_POD = 1, /* sources behind it count as pods (detect-local by interface) */
+	INTERFACE_KNOWN = 2, /* a pod whose addresses are known; others may not be used behind it */
 };
 
 struct interface {
@@ -41,6 +40,11 @@ struct {
 } interfaces SEC(".maps");
 
 const volatile bool with_pods = false;
+
+static __always_inline struct endpoint *find_endpoint(const struct address *address)
+{
+	return with_pods ? bpf_map_lookup_elem(&endpoints, address) : NULL;
+}
 
 #ifndef PODWIRE_XDP
 
@@ -83,8 +87,10 @@ static __always_inline int to_neighbour(const struct bpf_fib_lookup *route)
 	return bpf_redirect_neigh(route->ifindex, &next, sizeof(next), 0);
 }
 
-/* By the routing table, past the stack. `from` is the interface the packet came in by. */
-static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *p, __u32 from)
+/* By the routing table, past the stack. `from` is the interface the packet came in by. What is for
+ * this node goes up the stack, by way of lo when the stack would take it for spoofed. */
+static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *p, __u32 from,
+				    bool martian)
 {
 	struct bpf_fib_lookup route = { .ifindex = from };
 	int found;
@@ -104,10 +110,14 @@ static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
 		break;
 	case BPF_FIB_LKUP_RET_NOT_FWDED:
-		return to_this_node(ctx);
+		return martian ? to_this_node(ctx) : TCX_NEXT;
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		if (!martian)
+			return TCX_NEXT; /* the stack fragments, or tells the sender */
 		return drop(ctx, REASON_TOO_BIG, &p->flow);
 	default:
+		if (!martian)
+			return TCX_NEXT;
 		return drop(ctx, REASON_NO_ROUTE, &p->flow);
 	}
 	if (p->ttl <= 1)

@@ -144,7 +144,6 @@ struct choice {
 	__u32 reason; /* of VERDICT_DROP */
 	bool masquerade;
 	bool dsr;
-	bool local; /* the node's own list was used */
 };
 
 static __always_inline const struct settings *current_settings(void)
@@ -296,47 +295,49 @@ static __always_inline bool is_masqueraded(const struct frontend *frontend, enum
 	return !(frontend->flags & FRONTEND_LOCAL) || origin == ORIGIN_NODE;
 }
 
-/* What becomes of the first packet of `flow`. `client` stands for the sender in affinity. */
-static __always_inline enum verdict choose(const struct flow *flow, enum origin origin,
-					   const struct address *client, struct choice *out)
+/* Whether the first packet of `flow` addresses a Service; if so, `frontend` is set. */
+static __always_inline enum verdict find_service(const struct flow *flow, struct frontend **frontend,
+						 __u32 *reason)
 {
 	__u32 flags = address_flags(&flow->destination);
-	struct frontend *frontend;
-	bool local;
 
-	out->reason = REASON_UNALLOCATED;
+	*frontend = NULL;
+	*reason = REASON_UNALLOCATED;
 	if (!flags)
 		return prefix_flags(&flow->destination) & PREFIX_SERVICES ? VERDICT_DROP : VERDICT_NONE;
-	frontend = find_frontend(flow, flags);
-	if (!frontend)
+	*frontend = find_frontend(flow, flags);
+	if (!*frontend)
 		return flags & ADDRESS_CLUSTER_IP ? VERDICT_REJECT : VERDICT_NONE;
-
-	out->reason = REASON_SOURCE_RANGE;
-	if (frontend->flags & FRONTEND_RANGED && !in_ranges(frontend, &flow->source))
+	*reason = REASON_SOURCE_RANGE;
+	if ((*frontend)->flags & FRONTEND_RANGED && !in_ranges(*frontend, &flow->source))
 		return VERDICT_DROP;
+	return VERDICT_TRANSLATE;
+}
+
+/* The backend for the first packet of `flow`. `client` stands for the sender in affinity. */
+static __always_inline enum verdict choose(const struct flow *flow, const struct frontend *frontend,
+					   enum origin origin, const struct address *client,
+					   struct choice *out)
+{
+	bool local = uses_local_list(frontend, origin);
+	const struct slots *list = local ? &frontend->local : &frontend->cluster;
+	struct affinity_key key = { .service = frontend->service, .client = *client };
+
 	out->service = frontend->service;
-	out->local = local = uses_local_list(frontend, origin);
-	if (!(local ? frontend->local.count : frontend->cluster.count)) {
+	if (!list->count) {
 		out->reason = REASON_NO_LOCAL_ENDPOINT;
 		return frontend->flags & FRONTEND_HAS_ENDPOINTS ? VERDICT_DROP : VERDICT_REJECT;
 	}
-	if (frontend->affinity_s) {
-		struct affinity_key key = { .service = frontend->service, .client = *client };
-
-		if (!recall(frontend, local, &key, &out->backend)) {
-			if (!pick(flow, frontend, local ? &frontend->local : &frontend->cluster,
-				  &out->backend))
-				return VERDICT_REJECT;
+	if (!frontend->affinity_s || !recall(frontend, local, &key, &out->backend)) {
+		out->reason = REASON_REPLACED;
+		if (!pick(flow, frontend, list, &out->backend))
+			return VERDICT_DROP;
+		if (frontend->affinity_s)
 			remember(&key, &out->backend, frontend->affinity_s);
-		}
-	} else if (!pick(flow, frontend, local ? &frontend->local : &frontend->cluster,
-			 &out->backend)) {
-		return VERDICT_REJECT;
 	}
-	out->masquerade = is_masqueraded(frontend, origin) ||
-			  same_address(&out->backend.address, &flow->source);
 	out->dsr = frontend->flags & FRONTEND_DSR;
-	if (out->backend.flags & BACKEND_THIS_NODE)
-		out->masquerade = false;
+	out->masquerade = !(out->backend.flags & BACKEND_THIS_NODE) &&
+			  (is_masqueraded(frontend, origin) ||
+			   same_address(&out->backend.address, &flow->source));
 	return VERDICT_TRANSLATE;
 }

@@ -90,15 +90,20 @@ static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, con
 	struct address client = {};
 	struct flow flow = {};
 	struct choice choice = {};
+	struct frontend *found;
 	enum verdict verdict;
+	__u32 reason;
 
 	flow.destination = frontend->address;
 	flow.destination_port = frontend->port;
 	flow.protocol = ctx->protocol;
+	verdict = find_service(&flow, &found, &reason);
+	if (verdict != VERDICT_TRANSLATE || !found)
+		return verdict;
 	/* the source is not chosen yet; the namespace stands for the client */
 	client.halves[0] = cookie;
 	client.halves[1] = ~0ULL;
-	verdict = choose(&flow, node ? ORIGIN_NODE : ORIGIN_POD, &client, &choice);
+	verdict = choose(&flow, found, node ? ORIGIN_NODE : ORIGIN_POD, &client, &choice);
 	if (verdict == VERDICT_TRANSLATE && choice.masquerade && !node)
 		return VERDICT_NONE;
 	__builtin_memset(backend, 0, sizeof(*backend));

@@ -8,8 +8,11 @@
 #include "forward.h"
 #include "fragment.h"
 #include "icmp.h"
+#include "masquerade.h"
+#include "policy.h"
 #include "reject.h"
 #include "service.h"
+#include "spoof.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -55,25 +58,26 @@ static __always_inline enum origin find_origin(struct __sk_buff *ctx, const stru
 	return ORIGIN_OUTSIDE;
 }
 
-/* Put this node's address as the source of `to`; false when it has none of the family. */
-static __always_inline bool masquerade(struct flow *to, bool ipv4)
-{
-	const struct settings *current = current_settings();
-	const struct address *node;
-
-	if (!current)
-		return false;
-	node = ipv4 ? &current->node[0] : &current->node[1];
-	if (!node->halves[0] && !node->halves[1])
-		return false;
-	to->source = *node;
-	return true;
-}
-
-/* Make the packet look as `w->to` and send it on.
+/* Send the packet on: to a pod of this node, by our own look-up, or up the stack.
  *
  * The stack would take an answer that bears a Service's address, and a packet that bears one of the
- * node's own, for spoofed: whatever got a new source goes by our own look-up. */
+ * node's own, for spoofed: what got a new source goes by our own look-up in any case. */
+static __always_inline int send(struct __sk_buff *ctx, const struct packet *p, enum place place,
+				bool new_source, bool new_destination)
+{
+	struct endpoint *endpoint;
+
+	if (place == PLACE_NODE)
+		return new_destination ? by_route(ctx, p, LOOPBACK, true) : TCX_NEXT;
+	endpoint = find_endpoint(&p->flow.destination);
+	if (endpoint)
+		return to_pod(ctx, p, endpoint);
+	if (new_source || (with_pods && place == PLACE_POD))
+		return by_route(ctx, p, ctx->ifindex, new_source);
+	return TCX_NEXT;
+}
+
+/* Make the packet look as `w->to` and send it on. */
 static __always_inline int translate(struct __sk_buff *ctx, struct work *w, enum place place)
 {
 	struct packet *p = &w->packet;
@@ -82,38 +86,71 @@ static __always_inline int translate(struct __sk_buff *ctx, struct work *w, enum
 
 	if (rewrite(ctx, p, &w->to))
 		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
-	if (place == PLACE_NODE)
-		return destination ? by_route(ctx, p, LOOPBACK) : TCX_NEXT;
-	return source ? by_route(ctx, p, ctx->ifindex) : TCX_NEXT;
+	return send(ctx, p, place, source, destination);
 }
 
-/* The first packet of a connection. */
+/* Both ends' policies about the first packet, `w->to` being where it goes. The node itself may always
+ * reach its pods. `tracked`: a pod of this node is concerned, so that the answers need an entry. */
+static __always_inline bool is_permitted(struct __sk_buff *ctx, struct work *w, enum place place,
+					 bool *tracked)
+{
+	struct subject *from = place == PLACE_NODE ? NULL : find_subject(&w->to.source);
+	struct subject *to = find_subject(&w->to.destination);
+
+	*tracked = from || to;
+	if (from && from->egress && !is_allowed(ctx->ifindex, from->egress, &w->to, true))
+		return false;
+	if (to && to->ingress && place != PLACE_NODE &&
+	    !is_allowed(ctx->ifindex, to->ingress, &w->to, false))
+		return false;
+	return true;
+}
+
+/* The first packet of a connection, or one that needs no entry. */
 static __always_inline int begin(struct __sk_buff *ctx, struct work *w, enum place place)
 {
 	struct packet *p = &w->packet;
-	enum origin origin = find_origin(ctx, &p->flow.source, place);
 	enum verdict verdict = VERDICT_NONE;
+	struct frontend *frontend = NULL;
+	bool tracked = false, ports = false;
 	enum reason reason;
-	bool ports = false;
-
-	if (with_services)
-		verdict = choose(&p->flow, origin, &p->flow.source, &w->choice);
-	if (verdict == VERDICT_NONE)
-		return TCX_NEXT;
-	if (verdict == VERDICT_REJECT)
-		return refuse(ctx, p, &w->refusal, place == PLACE_NODE);
-	if (verdict == VERDICT_DROP)
-		return drop(ctx, w->choice.reason, &p->flow);
+	__u32 why;
 
 	w->to = p->flow;
-	w->to.destination = w->choice.backend.address;
-	w->to.destination_port = w->choice.backend.port;
+	w->choice.masquerade = false;
+	w->choice.service = 0;
+	if (with_services && !find_endpoint(&p->flow.destination)) {
+		verdict = find_service(&p->flow, &frontend, &why);
+		if (verdict == VERDICT_TRANSLATE && frontend) {
+			verdict = choose(&p->flow, frontend, find_origin(ctx, &p->flow.source, place),
+					 &p->flow.source, &w->choice);
+			why = w->choice.reason;
+		}
+		if (verdict == VERDICT_REJECT)
+			return refuse(ctx, p, &w->refusal, place == PLACE_NODE);
+		if (verdict == VERDICT_DROP)
+			return drop(ctx, why, &p->flow);
+		if (verdict == VERDICT_TRANSLATE) {
+			w->to.destination = w->choice.backend.address;
+			w->to.destination_port = w->choice.backend.port;
+		}
+	}
+	if (with_policy && !is_permitted(ctx, w, place, &tracked))
+		return TCX_DROP;
+	if (place == PLACE_POD && leaves_cluster(&w->to.source, &w->to.destination))
+		w->choice.masquerade = true;
 	if (w->choice.masquerade && masquerade(&w->to, p->ipv4))
 		ports = !same_address(&w->to.source, &p->flow.source);
-	reason = create_connection(&w->creation, p, &w->to, w->choice.service, CONNECTION_TRANSLATED,
+	if (!ports && !tracked && verdict == VERDICT_NONE)
+		return send(ctx, p, place, false, false);
+
+	reason = create_connection(&w->creation, p, &w->to, w->choice.service,
+				   ports || verdict == VERDICT_TRANSLATE ? CONNECTION_TRANSLATED : 0,
 				   ports);
 	if (reason)
 		return drop(ctx, reason, &p->flow);
+	if (!ports && verdict == VERDICT_NONE)
+		return send(ctx, p, place, false, false);
 	count(REASON_TRANSLATED);
 	return translate(ctx, w, place);
 }
@@ -130,14 +167,16 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return TCX_NEXT;
 	p = &w->packet;
 	parse(ctx, p);
-	if (p->kind == PACKET_FOREIGN || is_multicast(&p->flow.destination))
-		return TCX_NEXT;
 	if (p->kind == PACKET_BROKEN)
 		return drop(ctx, REASON_BROKEN, &p->flow);
+	if (place == PLACE_POD && (with_pods || with_policy) && !is_honest(ctx, p))
+		return drop(ctx, REASON_SPOOFED, &p->flow);
+	if (p->kind == PACKET_FOREIGN || is_multicast(&p->flow.destination))
+		return TCX_NEXT;
 	if (!p->ipv4 && p->icmp_type >= ICMPV6_ROUTER_SOLICITATION && p->icmp_type <= ICMPV6_REDIRECT)
 		return TCX_NEXT;
 	if (p->fragment != FRAGMENT_NONE && p->kind == PACKET_FLOW && !complete_fragment(p))
-		return address_flags(&p->flow.destination) & ~ADDRESS_NODE ?
+		return address_flags(&p->flow.destination) & ~ADDRESS_NODE || with_policy ?
 			       drop(ctx, REASON_FRAGMENT_LOST, &p->flow) : TCX_NEXT;
 
 	if (p->kind == PACKET_ICMP_ERROR) {
@@ -145,7 +184,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 			return TCX_NEXT; /* about nothing that was translated */
 		if (error)
 			return drop(ctx, REASON_WRITE_FAILED, &p->flow);
-		return by_route(ctx, p, place == PLACE_NODE ? LOOPBACK : ctx->ifindex);
+		return send(ctx, p, place, true, true);
 	}
 	connection = find_connection(&p->flow);
 	if (connection && is_reopened(connection, p)) {
@@ -158,7 +197,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return begin(ctx, w, place);
 	touch(connection, p);
 	if (!(connection->flags & CONNECTION_TRANSLATED))
-		return TCX_NEXT;
+		return send(ctx, p, place, false, false);
 	w->to = connection->to;
 	return translate(ctx, w, place);
 }

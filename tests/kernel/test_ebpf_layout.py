@@ -30,6 +30,10 @@ STRUCTS = {
     "connection": layout.CONNECTION,
     "interface": layout.INTERFACE,
     "event": layout.EVENT,
+    "endpoint": layout.ENDPOINT,
+    "rule_key": layout.RULE_KEY,
+    "rule": layout.RULE,
+    "subject": layout.SUBJECT,
     "collect": layout.COLLECT,
 }
 ENUMS = {
@@ -38,6 +42,8 @@ ENUMS = {
     "address_flag": ("ADDRESS_", layout.AddressFlag),
     "prefix_flag": ("PREFIX_", layout.PrefixFlag),
     "interface_flag": ("INTERFACE_", layout.InterfaceFlag),
+    "network_flag": ("NETWORK_", layout.NetworkFlag),
+    "rule_verdict": ("RULE_", layout.RuleVerdict),
     "detect_local": ("DETECT_", layout.DetectBy),
     "collect_mode": ("COLLECT_", layout.CollectMode),
 }
@@ -49,7 +55,7 @@ def types(tmp_path_factory):
     source = tmp_path_factory.mktemp("layout") / "all.c"
     kept = [f"struct {name} keep_{name};" for name in STRUCTS]
     kept += [f"enum {name} keep_enum_{name};" for name in ENUMS]
-    source.write_text("\n".join(['#include "collect.bpf.c"', '#include "forward.h"', *kept]))
+    source.write_text("\n".join(['#include "tcx.bpf.c"', '#include "collect.h"', *kept]))
     include = ["-I", str(BPF), "-I", f"/usr/include/{os.uname().machine}-linux-gnu"]
     compiled = source.with_suffix(".o")
     command = [CLANG, "-O2", "-g", "-target", "bpf", *include, "-c", str(source), "-o"]

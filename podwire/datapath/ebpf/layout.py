@@ -20,13 +20,16 @@ FRONTEND = struct.Struct("=IIIIIII")  # service, flags, affinity_s, cluster and 
 BACKEND = struct.Struct("=16s2sHI")  # address, port, flags, service
 MEMBER_KEY = struct.Struct("=16sI2sH")  # address, service, port, local
 RANGE_KEY = struct.Struct("=II16s")  # length, service, address
-PREFIX_KEY = struct.Struct("=I4x16s")  # length, address
+PREFIX_KEY = struct.Struct("=I4x16s")  # length (32 more than the prefix), address
 SETTINGS = struct.Struct("=16s16sI4x")  # node's IPv4 and IPv6, detect_local
 FLOW = struct.Struct("=16s16s2s2sB3x")  # source, destination, their ports, protocol
 CONNECTION = struct.Struct("=40sIIBB6x")  # to, seen_s, service, state, flags
 INTERFACE = struct.Struct("=16s16sI6s6x")  # addresses, flags, mac
-ENDPOINT = struct.Struct("=II6s6sI")
-EVENT = struct.Struct("=QIIIIII40s")
+ENDPOINT = struct.Struct("=I6s6s")  # interface, mac, host_mac
+EVENT = struct.Struct("=QIIIII4x40s")  # time, reason, interface, rule, peer, egress, flow
+RULE_KEY = struct.Struct("=IIIBx2s")  # length, rule set, identity, protocol, port
+RULE = struct.Struct("=II")  # verdict, policy
+SUBJECT = struct.Struct("=II")  # ingress, egress rule set
 COLLECT = struct.Struct("=IIIIII")
 NUMBER = struct.Struct("=I")
 
@@ -64,6 +67,18 @@ class PrefixFlag(IntFlag):
 
 class InterfaceFlag(IntFlag):
     POD = 1
+    KNOWN = 2
+
+
+class NetworkFlag(IntFlag):
+    OWN_PODS = 1
+    CLUSTER = 2
+
+
+class RuleVerdict(IntEnum):
+    ALLOW = 0
+    DENY = 1
+    AUDIT = 2
 
 
 class DetectBy(IntEnum):
@@ -96,6 +111,7 @@ class Reason(IntEnum):
     TOO_BIG = 15
     AFFINITY_FULL = 16
     EVENTS_LOST = 17
+    REPLACED = 18
 
 
 def mapped(address: Address) -> bytes:

@@ -21,9 +21,16 @@ from podwire.datapath.ebpf.layout import (
     FRONTEND_KEY,
     MEMBER_KEY,
     NUMBER,
+    PREFIX_KEY,
     RANGE_KEY,
+    RULE,
+    RULE_KEY,
+    SETTINGS,
+    SUBJECT,
     VERSION,
+    DetectBy,
     Reason,
+    mapped,
 )
 from podwire.errors import KernelError, Unsupported
 from podwire.kernel import link as links
@@ -39,6 +46,7 @@ from podwire.kernel.bpf import (
     pins,
 )
 from podwire.kernel.netlink import NetlinkSocket
+from podwire.net import Address
 
 OBJECTS = Path(__file__).resolve().parents[2] / "built" / "bpf"
 _LOOPBACK = 1
@@ -50,6 +58,10 @@ _GROWING = {  # name: kind, key and value size, entries to begin with
     "members": (MapType.HASH, MEMBER_KEY.size, 1, 1024),
     "addresses": (MapType.HASH, 16, 4, 1024),
     "ranges": (MapType.LPM_TRIE, RANGE_KEY.size, 1, 256),
+    "networks": (MapType.LPM_TRIE, PREFIX_KEY.size, 4, 64),
+    "identities": (MapType.LPM_TRIE, PREFIX_KEY.size, 4, 1024),
+    "rules": (MapType.LPM_TRIE, RULE_KEY.size, RULE.size, 1024),
+    "subjects": (MapType.HASH, 16, SUBJECT.size, 256),
     "connections": (MapType.HASH, FLOW.size, CONNECTION.size, 65536),
 }
 _SOCKET_HOOKS = {
@@ -75,6 +87,8 @@ class Programs:
         self._objects: dict[str, LoadedObject] = {}
         self._links: dict[str, Link] = {}
         self._pods: set[int] = set()
+        self._node: dict[int, Address] = {}
+        self._detect = DetectBy.NONE
         self.maps: dict[str, Map] = {}
         self.growing: dict[str, GrowingMap] = {}
 
@@ -87,9 +101,10 @@ class Programs:
         return frozenset(self._features)
 
     def enable(self, feature: str) -> None:
-        """Switch a part on (``services``, ``policy``, ``pods``), reloading what is loaded.
+        """Switch a part on: ``services``, ``policy``, ``pods`` or ``masquerade``.
 
-        Raises Unsupported, naming what the kernel lacks; KernelError.
+        What is loaded already is loaded anew with it and replaced. Raises Unsupported, naming
+        what the kernel lacks; KernelError.
         """
         if feature in self._features:
             return
@@ -137,6 +152,25 @@ class Programs:
     def attachments(self) -> Mapping[str, Link]:
         """Links by pin name: program, interface, direction."""
         return self._links
+
+    def set_node_addresses(self, addresses: Iterable[Address]) -> None:
+        """What masquerading puts as source: the first of each family."""
+        self._node = {len(address): address for address in reversed(list(addresses))}
+        self._write_settings()
+
+    def offer_node_address(self, address: Address) -> None:
+        """As `set_node_addresses`, for a family that has none yet."""
+        self._node.setdefault(len(address), address)
+        self._write_settings()
+
+    def set_detection(self, detect: DetectBy) -> None:
+        """How pods are told from others."""
+        self._detect = detect
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        node = [mapped(self._node[size]) if size in self._node else bytes(16) for size in (4, 16)]
+        self.maps["settings"].update(NUMBER.pack(0), SETTINGS.pack(*node, self._detect))
 
     def outcomes(self) -> dict[str, int]:
         """Packets by what became of them, since the maps were made."""
@@ -211,6 +245,7 @@ class Programs:
             "with_services": flag("services"),
             "with_policy": flag("policy"),
             "with_pods": flag("pods"),
+            "with_masquerade": flag("masquerade"),
             "node_netns_cookie": _netns_cookie(),
         }
 

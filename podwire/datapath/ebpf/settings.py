@@ -9,7 +9,6 @@ from podwire.datapath.ebpf import spelling
 from podwire.datapath.ebpf.layout import (
     INTERFACE,
     NUMBER,
-    SETTINGS,
     AddressFlag,
     InterfaceFlag,
     mapped,
@@ -80,14 +79,8 @@ class AddressCounts:
 
 def write_settings(programs: Programs, settings: Settings) -> None:
     """Write everything but the addresses, and mark the interfaces that are there now."""
-    node = [settings.node.internal_ip(family) for family in (4, 6)]
-    programs.maps["settings"].update(
-        NUMBER.pack(0),
-        SETTINGS.pack(
-            *(mapped(address) if address else bytes(16) for address in node),
-            spelling.detection(settings),
-        ),
-    )
+    programs.set_node_addresses(settings.node.addresses)
+    programs.set_detection(spelling.detection(settings))
     wanted = {key: NUMBER.pack(flags) for key, flags in spelling.prefixes(settings).items()}
     prefixes = programs.maps["prefixes"]
     prefixes.update_batch(wanted.items())

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Which traffic of pods leaves the cluster, and under which address of the node. */
+#pragma once
+
+#include "service.h"
+
+enum network_flag {
+	NETWORK_OWN_PODS = 1, /* pods of this node */
+	NETWORK_CLUSTER = 2, /* reached with the pod's own address */
+};
+
+GROWING_MAP(networks, 1, BPF_MAP_TYPE_LPM_TRIE, struct prefix_key, __u32, BPF_F_NO_PREALLOC);
+
+const volatile bool with_masquerade = false;
+
+static __always_inline __u32 network_flags(const struct address *address)
+{
+	struct prefix_key key = { .length = 160, .address = *address };
+	void *map = current_map(&networks);
+	__u32 *flags = map ? bpf_map_lookup_elem(map, &key) : NULL;
+
+	return flags ? *flags : 0;
+}
+
+static __always_inline bool leaves_cluster(const struct address *source, const struct address *destination)
+{
+	return with_masquerade && network_flags(source) & NETWORK_OWN_PODS &&
+	       !(network_flags(destination) & NETWORK_CLUSTER) && !is_link_local(destination);
+}
+
+/* Put this node's address as the source of `to`; false when it has none of the family. */
+static __always_inline bool masquerade(struct flow *to, bool ipv4)
+{
+	const struct settings *current = current_settings();
+	const struct address *node;
+
+	if (!current)
+		return false;
+	node = ipv4 ? &current->node[0] : &current->node[1];
+	if (!node->halves[0] && !node->halves[1])
+		return false;
+	to->source = *node;
+	return true;
+}

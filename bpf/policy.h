@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Policy: who the peer is, and what a pod's rule set says about it.
+ *
+ * The table is flattened to disjoint boxes before it comes here, so tiers, order and exceptions are no
+ * matter any more: the longest match is the only one. An identity that a rule set does not name falls
+ * to the default's entries, those of identity 0. Two look-ups at most.
+ */
+#pragma once
+
+#include "address.h"
+#include "events.h"
+
+struct identity_key {
+	__u32 length; /* 32 and the prefix's */
+	__u32 pad;
+	struct address address;
+};
+
+struct rule_key {
+	__u32 length; /* 64: all protocols; 80 to 96: one protocol, the rest is the port's prefix */
+	__u32 rule_set;
+	__u32 identity;
+	__u8 protocol;
+	__u8 pad;
+	__be16 port;
+};
+
+enum rule_verdict { RULE_ALLOW, RULE_DENY, RULE_AUDIT };
+
+struct rule {
+	__u32 verdict;
+	__u32 policy; /* who decided; 0: a default */
+};
+
+/* The rule sets of a pod of this node, by its address; 0: none, everything passes. */
+struct subject {
+	__u32 ingress;
+	__u32 egress;
+};
+
+GROWING_MAP(identities, 1, BPF_MAP_TYPE_LPM_TRIE, struct identity_key, __u32, BPF_F_NO_PREALLOC);
+GROWING_MAP(rules, 1, BPF_MAP_TYPE_LPM_TRIE, struct rule_key, struct rule, BPF_F_NO_PREALLOC);
+GROWING_MAP(subjects, 1, BPF_MAP_TYPE_HASH, struct address, struct subject, BPF_F_NO_PREALLOC);
+
+const volatile bool with_policy = false;
+
+static __always_inline struct subject *find_subject(const struct address *address)
+{
+	void *map = current_map(&subjects);
+
+	return map ? bpf_map_lookup_elem(map, address) : NULL;
+}
+
+static __always_inline __u32 find_identity(const struct address *address)
+{
+	struct identity_key key = { .length = 160, .address = *address };
+	void *map = current_map(&identities);
+	__u32 *found = map ? bpf_map_lookup_elem(map, &key) : NULL;
+
+	return found ? *found : 0;
+}
+
+/* What `rule_set` says; NULL: nothing is known of it, which denies. */
+static __always_inline struct rule *find_rule(__u32 rule_set, __u32 identity, const struct flow *flow)
+{
+	bool ports = flow->protocol != IPPROTO_ICMP && flow->protocol != IPPROTO_ICMPV6;
+	struct rule_key key = {
+		.length = 96,
+		.rule_set = rule_set,
+		.identity = identity,
+		.protocol = flow->protocol,
+		.port = ports ? flow->destination_port : 0,
+	};
+	void *map = current_map(&rules);
+	struct rule *found;
+
+	if (!map)
+		return NULL;
+	found = bpf_map_lookup_elem(map, &key);
+	if (found || !identity)
+		return found;
+	key.identity = 0;
+	return bpf_map_lookup_elem(map, &key);
+}
+
+/* Whether one direction lets the first packet of `flow` pass; what it refuses is reported. */
+static __always_inline bool is_allowed(__u32 interface, __u32 rule_set, const struct flow *flow,
+				       bool egress)
+{
+	__u32 identity = find_identity(egress ? &flow->destination : &flow->source);
+	struct rule *rule = find_rule(rule_set, identity, flow);
+	enum reason reason;
+	struct event *event;
+
+	if (rule && rule->verdict == RULE_ALLOW)
+		return true;
+	reason = rule && rule->verdict == RULE_AUDIT ? REASON_POLICY_AUDIT : REASON_POLICY;
+	count(reason);
+	event = begin_event(reason, interface, flow);
+	if (event) {
+		event->rule = rule ? rule->policy : 0;
+		event->egress = egress;
+		event->peer_identity = identity;
+		bpf_ringbuf_submit(event, 0);
+	}
+	return reason == REASON_POLICY_AUDIT;
+}

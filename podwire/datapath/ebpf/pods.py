@@ -1,0 +1,100 @@
+"""Pods of this node: known by link and address, delivered without a stack in between.
+
+A pod's packets are checked for its own addresses, and go straight into the other pod's namespace
+(`bpf_redirect_peer`) or out by the routing table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from podwire.datapath import Requirement
+from podwire.datapath.ebpf.layout import (
+    ENDPOINT,
+    INTERFACE,
+    NUMBER,
+    InterfaceFlag,
+    mapped,
+)
+from podwire.datapath.ebpf.programs import Programs
+from podwire.net import Address
+
+
+class PodLink(NamedTuple):
+    """A pod's veth: index and MAC of the host's end, MAC and addresses of the pod's."""
+
+    ifindex: int
+    host_mac: bytes
+    mac: bytes
+    addresses: tuple[Address, ...]
+
+
+class EbpfPods:
+    """Delivery to and from the pods of this node. Not a `Part`: its table is the set of links."""
+
+    requirements: Sequence[Requirement] = (
+        Requirement("net.ipv4.ip_forward", "1", "pods would reach nobody on other nodes"),
+        Requirement("net.ipv6.conf.all.forwarding", "1", "pods would reach nobody elsewhere"),
+    )
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+        self._links: dict[int, PodLink] = {}
+
+    def start(self) -> None:
+        """Load and attach. Raises Unsupported or KernelError."""
+        self._programs.enable("pods")
+
+    def add(self, pod: PodLink) -> None:
+        """From now on the pod is reached directly, and may use its own addresses only."""
+        known = self._links.get(pod.ifindex)
+        if known == pod:
+            return
+        write_interface(self._programs, pod.ifindex, pod.addresses, pod.mac)
+        self._programs.add_pod(pod.ifindex)
+        value = ENDPOINT.pack(pod.ifindex, pod.mac, pod.host_mac)
+        self._programs.maps["endpoints"].update_batch(
+            (mapped(address), value) for address in pod.addresses
+        )
+        self._links[pod.ifindex] = pod
+
+    def remove(self, ifindex: int) -> None:
+        """The pod is gone, or going."""
+        pod = self._links.pop(ifindex, None)
+        if pod:
+            endpoints = self._programs.maps["endpoints"]
+            endpoints.delete_batch([mapped(address) for address in pod.addresses])
+            self._programs.maps["interfaces"].delete(NUMBER.pack(ifindex))
+        self._programs.remove_pod(ifindex)
+
+    def replace(self, pods: Iterable[PodLink]) -> None:
+        """Exactly these pods: after a start, when an earlier process may have left others."""
+        wanted = {pod.ifindex: pod for pod in pods}
+        endpoints = self._programs.maps["endpoints"]
+        for key, value in list(endpoints.items()):
+            ifindex = ENDPOINT.unpack(value)[0]
+            pod = wanted.get(ifindex)
+            if pod is None or key not in map(mapped, pod.addresses):
+                endpoints.delete(key)
+        for ifindex in [i for i in self._links if i not in wanted]:
+            self.remove(ifindex)
+        for pod in wanted.values():
+            self.add(pod)
+
+
+def write_interface(
+    programs: Programs, ifindex: int, addresses: Iterable[Address], mac: bytes = bytes(6)
+) -> None:
+    """Say who is behind an interface; no MAC: any will do. What is known already stays."""
+    key = NUMBER.pack(ifindex)
+    interfaces = programs.maps["interfaces"]
+    *_, flags, known_mac = INTERFACE.unpack(interfaces.lookup(key) or bytes(INTERFACE.size))
+    by_size = {len(address): mapped(address) for address in addresses}
+    value = INTERFACE.pack(
+        by_size.get(4, bytes(16)),
+        by_size.get(16, bytes(16)),
+        flags | InterfaceFlag.KNOWN,
+        mac if any(mac) else known_mac,
+    )
+    interfaces.update(key, value)
