@@ -137,6 +137,9 @@ static __always_inline int begin(struct __sk_buff *ctx, struct work *w, enum pla
 	}
 	if (with_policy && !is_permitted(ctx, w, place, &tracked))
 		return TCX_DROP;
+	/* the answers to who comes from outside must not be taken for traffic that leaves */
+	if (place == PLACE_NETWORK && leaves_cluster(&w->to.destination, &w->to.source))
+		tracked = true;
 	if (place == PLACE_POD && leaves_cluster(&w->to.source, &w->to.destination))
 		w->choice.masquerade = true;
 	if (w->choice.masquerade && masquerade(&w->to, p->ipv4))
