@@ -28,7 +28,8 @@ class ControlServer:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._app = web.Application()
+        self._handlers: dict[str, Handler] = {}
+        self._streams: dict[str, Stream] = {}
         self._runner: web.AppRunner | None = None
 
     def route(self, path: str, handler: Handler) -> None:
@@ -36,38 +37,43 @@ class ControlServer:
 
         The query is the URL's; a POST's body, if any, is given under the key ``body``.
         """
-
-        async def answer(request: web.Request) -> web.Response:
-            query = dict(request.query)
-            if request.can_read_body:
-                query["body"] = await request.text()
-            try:
-                result = handler(query)
-                if inspect.isawaitable(result):
-                    result = await result
-            except PodwireError as error:
-                return web.json_response({"error": str(error)}, status=400)
-            return web.json_response(result)
-
-        self._app.router.add_get(path, answer)
-        self._app.router.add_post(path, answer)
+        self._handlers[path] = handler
 
     def stream(self, path: str, source: Stream) -> None:
         """Answer GET of `path` with one JSON document per line, for as long as `source` yields."""
+        self._streams[path] = source
 
-        async def answer(request: web.Request) -> web.StreamResponse:
-            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-            await response.prepare(request)
-            async for item in source(request.query):
-                await response.write(json.dumps(item).encode() + b"\n")
-            return response
+    async def _dispatch(self, request: web.Request) -> web.StreamResponse:
+        """Rooms register while the server already answers: the agent is asked while it starts."""
+        if request.path in self._streams:
+            return await self._stream(request, self._streams[request.path])
+        handler = self._handlers.get(request.path)
+        if handler is None:
+            return web.json_response({"error": f"nothing answers {request.path} here"}, status=404)
+        query = dict(request.query)
+        if request.can_read_body:
+            query["body"] = await request.text()
+        try:
+            result = handler(query)
+            if inspect.isawaitable(result):
+                result = await result
+        except PodwireError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        return web.json_response(result)
 
-        self._app.router.add_get(path, answer)
+    async def _stream(self, request: web.Request, source: Stream) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        async for item in source(request.query):
+            await response.write(json.dumps(item).encode() + b"\n")
+        return response
 
     async def start(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
-        self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=1)
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._dispatch)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
         await self._runner.setup()
         before = os.umask(0o177)  # the socket is born with mode 0600
         try:

@@ -87,6 +87,11 @@ class Loop:
             self._flush_later()
             return done
 
+    async def verify(self, sync: Sync[Any]) -> list[str]:
+        """Check one part against the kernel now; the repairs."""
+        async with self._lock:
+            return await asyncio.to_thread(sync.verify)
+
     async def _program(self, changes: ChangeSet) -> None:
         began = time.time()
         self._before(changes)

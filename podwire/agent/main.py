@@ -28,6 +28,7 @@ from podwire.agent.machine import Machine
 from podwire.agent.metrics import Metrics
 from podwire.agent.options import Options
 from podwire.agent.sync import Sync
+from podwire.agent.watch import KernelWatch
 from podwire.errors import ApiError, ConfigError, PodwireError
 from podwire.kube import kubeconfig, snapshot
 from podwire.kube.client import Client, Selection
@@ -141,6 +142,11 @@ class Agent:
             group.create_task(self._loop.run())
             group.create_task(self._watch_machine())
             group.create_task(self._save_objects())
+            watchers = [make(self._loop) for make in built.watchers]
+            if cni is not None:
+                watchers += cni.watchers()
+                group.create_task(cni.guard_ports(self._repaired))
+            group.create_task(KernelWatch(watchers, self._repaired).run())
             for task in built.tasks:
                 group.create_task(task(self))
 
@@ -179,6 +185,9 @@ class Agent:
         for family in ("IPv4", "IPv6"):
             self.metrics.sync_duration.labels(family).observe(now - began)
             self.metrics.last_sync.labels(family).set(now)
+
+    def _repaired(self, part: str, count: int) -> None:
+        self.metrics.repairs.labels(part).inc(count)
 
     async def _watch_machine(self) -> None:
         while True:

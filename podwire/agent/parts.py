@@ -13,6 +13,7 @@ from podwire.agent.loop import Loop
 from podwire.agent.options import Options
 from podwire.agent.pods import Pods
 from podwire.agent.sync import Sync
+from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.datapath import Part, Requirement
 from podwire.datapath.nftables.nodes import NodesPart
@@ -50,6 +51,9 @@ class Built:
     cni: Callable[[Loop, Store, Callable[[], bool]], Pods] | None = None
     serving: list[Callable[[ControlServer, Store, Loop], None]] = field(
         default_factory=list[Callable[[ControlServer, Store, Loop], None]]
+    )
+    watchers: list[Callable[[Loop], Watcher]] = field(
+        default_factory=list[Callable[[Loop], Watcher]]
     )
     tasks: list[Callable[[Any], Coroutine[Any, Any, None]]] = field(
         default_factory=list[Callable[[Any], Coroutine[Any, Any, None]]]
@@ -104,7 +108,12 @@ def _add_nodes(built: Built, options: Options) -> None:
         "vxlan" if options.routing == "vxlan" else "direct",
         no_masquerade=[parse_prefix(text) for text in options.non_masquerade_cidrs],
     )
-    built.syncs.append(Sync("routes", compiler.update, NodeRoutes()))
+    routes = NodeRoutes()
+    sync = Sync("routes", compiler.update, routes)
+    built.syncs.append(sync)
+    built.watchers.append(
+        lambda loop: Watcher("routes", routes.concerns, lambda: loop.verify(sync))
+    )
     if options.masquerade:
         built.syncs.append(Sync("masquerade", compiler.update, NodesPart()))
     built.requirements += FORWARDING

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from podwire.agent.logs import event
 from podwire.agent.options import Options
+from podwire.agent.watch import Watcher
 from podwire.cni import assembly, conflist
 from podwire.cni.plan import NodeConfig
 from podwire.cni.server import CniServer, refuse
@@ -19,6 +21,8 @@ from podwire.wiring import Attachment
 from podwire.wiring.routed import RoutedWiring
 
 log = logging.getLogger("podwire.agent.pods")
+
+GUARD_PERIOD_S = 30.0
 
 
 class Gate(Protocol):
@@ -54,11 +58,12 @@ class Pods:
         self.guard = _guard(options.wiring)
         if gate is not None:
             gate.restore(self._state.attachments())
+        self._routed = RoutedWiring() if options.wiring != "bridge" else None
         lifecycle = assembly.assemble(
             self._state,
             node=node,
             guard=self.guard if isinstance(self.guard, SpoofGuard) else None,
-            wirings={"routed": RoutedWiring()} if options.wiring != "bridge" else None,
+            wirings={"routed": self._routed} if self._routed is not None else None,
             admit=gate.admit if gate else _nobody_asks,
             dismiss=gate.dismiss if gate else _nobody_asks,
         )
@@ -77,13 +82,25 @@ class Pods:
         self._server.stop()
         self._state.close()
 
-    def verify(self) -> list[str]:
-        """Repairs of the spoof guard."""
-        try:
-            return self.guard.verify()
-        except KernelError as error:
-            event(log, logging.ERROR, "spoof guard", error=error)
+    def watchers(self) -> list[Watcher]:
+        """Who puts back what somebody wipes of routed pods."""
+        routed = self._routed
+        if routed is None:
             return []
+        return [Watcher("pods", routed.concerns, lambda: asyncio.to_thread(routed.restore))]
+
+    async def guard_ports(self, repaired: Callable[[str, int], None]) -> None:
+        """Check the spoof guard in the background, until cancelled."""
+        while True:
+            await asyncio.sleep(GUARD_PERIOD_S)
+            try:
+                repairs = await asyncio.to_thread(self.guard.verify)
+            except KernelError as error:
+                event(log, logging.ERROR, "the spoof guard cannot be checked", error=error)
+                continue
+            for repair in repairs:
+                event(log, logging.WARNING, "repaired", part="spoof guard", what=repair)
+                repaired("spoof", 1)
 
     def status(self) -> dict[str, object]:
         attachments = self._state.attachments()
