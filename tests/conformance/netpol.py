@@ -1,0 +1,182 @@
+"""NetworkPolicy cases: ``--suite netpol --datapath evaluator|nftables|iptables|ebpf``.
+
+`evaluator` asks the reference (`PolicyTable.judge`) and holds the compiled rule sets against it.
+The data paths are asked with packets between namespaces, see `netpol_packets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from podwire.policy import Packet, PolicyTable
+from tests.conformance import CaseResult
+from tests.conformance.netpol_world import Compilers, Probe, World
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Backend(Protocol):
+    """What answers the probes of one case."""
+
+    def update(self) -> None:
+        """Take over the world as it is now."""
+        ...
+
+    def connects(self, probe: Probe) -> dict[tuple[str, str], bool]:
+        """For each cell, by source and destination."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def run(cases: Path, datapath: str) -> Iterable[CaseResult]:
+    """One result per case file under `cases`."""
+    for path in sorted(cases.rglob("*.yaml")):
+        case: dict[str, Any] = yaml.load(path.read_text(), Loader=_LOADER)
+        name = str(case.get("id", path.stem))
+        try:
+            match case.get("kind"):
+                case "reachability":
+                    yield _reachability(name, case, datapath)
+                case "validation":
+                    yield _validation(name, case)
+                case "flow":
+                    yield CaseResult(name, "skipped", "prose: tests/kernel/test_policy_flows.py")
+                case "demo":
+                    yield CaseResult(name, "skipped", "needs CiliumNetworkPolicy")
+                case other:
+                    yield CaseResult(name, "skipped", f"unknown kind {other!r}")
+        except Exception as error:
+            yield CaseResult(name, "failed", f"{type(error).__name__}: {error}")
+
+
+def _reachability(name: str, case: dict[str, Any], datapath: str) -> CaseResult:
+    world = World.of(case["topology"])
+    if datapath == "evaluator":
+        backend: Backend = Evaluator(world)
+    else:
+        from tests.conformance.netpol_packets import PacketBackend
+
+        backend = PacketBackend(world, datapath)
+    wrong: list[str] = []
+    try:
+        for number, step in enumerate(case["steps"]):
+            for action in step.get("actions") or ():
+                world.apply(action)
+            backend.update()
+            for probe in world.probes(step, all_families=not _is_about_addresses(case)):
+                wrong += _wrong(number, probe, backend.connects(probe))
+    finally:
+        backend.close()
+    if wrong:
+        shown = "\n".join(wrong[:12]) + (f"\n… {len(wrong)} in all" if len(wrong) > 12 else "")
+        return CaseResult(name, "failed", shown)
+    return CaseResult(name, "passed")
+
+
+def _is_about_addresses(case: dict[str, Any]) -> bool:
+    """A case with ipBlocks says what holds for the family of its blocks only."""
+    text = str(case["steps"])
+    return "ipBlock" in text or "networks" in text
+
+
+def _wrong(step: int, probe: Probe, connected: dict[tuple[str, str], bool]) -> Iterator[str]:
+    for source, destination, expected in probe.cells():
+        got = connected.get((source, destination))
+        if got is not None and got is not expected:
+            family = "IPv4" if probe.bits == 32 else "IPv6"
+            yield (
+                f"step {step}: {source} → {destination} {probe.protocol.name}/{probe.port} "
+                f"{family}: {'connects' if got else 'is blocked'}"
+            )
+
+
+class Evaluator:
+    """The reference itself; every node's compiled rule sets must agree with it."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._compilers = Compilers(world)
+        self._tables: dict[str, PolicyTable] = {}
+
+    def update(self) -> None:
+        self._tables = self._compilers.update()
+
+    def connects(self, probe: Probe) -> dict[tuple[str, str], bool]:
+        out: dict[tuple[str, str], bool] = {}
+        for source, destination, expected in probe.cells():
+            targets = [(destination, probe.port)]
+            if probe.via_service:
+                targets = self._world.backends(destination, probe.port, probe.protocol)
+            verdicts = {self._connects(probe, source, *target) for target in targets}
+            if not verdicts:
+                out[source, destination] = False
+            elif None not in verdicts:
+                # With several backends either answer is right where they differ.
+                out[source, destination] = verdicts == {True} or (len(verdicts) > 1 and expected)
+        return out
+
+    def _connects(self, probe: Probe, source: str, destination: str, port: int) -> bool | None:
+        from_, to = (self._world.address(end, probe.bits) for end in (source, destination))
+        if from_ is None or to is None:
+            return None
+        packet = Packet(
+            from_,
+            to,
+            probe.protocol,
+            port,
+            via_service=probe.via_service,
+            source_node=source[5:] if source.startswith("node:") else None,
+        )
+        answers = {table.judge(packet).allowed for table in self._tables.values()}
+        if len(answers) != 1:
+            raise AssertionError(f"the nodes do not agree on {packet}")
+        (allowed,) = answers
+        compiled = self._compiled(packet, source, destination)
+        if compiled is not allowed:
+            raise AssertionError(f"rule sets say {compiled} to {packet}: {source} → {destination}")
+        return allowed
+
+    def _compiled(self, packet: Packet, source: str, destination: str) -> bool:
+        if packet.source == packet.destination and not packet.via_service:
+            return True
+        verdicts: list[str] = []
+        for end, peer, attribute in (
+            (source, packet.destination, "egress"),
+            (destination, packet.source, "ingress"),
+        ):
+            pod = self._world.pods.get(end)
+            if pod is None or pod.get("hostNetwork"):
+                continue
+            node = pod["node"]
+            own = source == f"node:{node}" or peer in map_addresses(self._world, node)
+            if attribute == "ingress" and own:
+                continue
+            table = self._tables[node]
+            endpoint = table.endpoints[pod["namespace"], pod["name"]]
+            outcome = table.outcome(
+                getattr(endpoint, attribute), peer, packet.protocol, packet.port
+            )
+            verdicts.append(outcome.verdict.value)
+        return "deny" not in verdicts
+
+    def close(self) -> None:
+        pass
+
+
+def map_addresses(world: World, node: str) -> list[bytes | None]:
+    """A node's own addresses."""
+    return [world.address(f"node:{node}", bits) for bits in (32, 128)]
+
+
+def _validation(name: str, case: dict[str, Any]) -> CaseResult:
+    try:
+        from podwire.lab.api import validation
+    except ImportError:
+        return CaseResult(name, "skipped", "the lab's API validation is not there yet")
+    del validation
+    return CaseResult(name, "skipped", "the lab's API validation is not there yet")

@@ -1,0 +1,299 @@
+"""The cluster of a netpol case: its objects, changed step by step, and its endpoints.
+
+Endpoint names are those of the cases: ``ns/pod``, ``node:NAME``, ``ext:NAME``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from podwire.kube.objects import (
+    ClusterNetworkPolicy,
+    Namespace,
+    NetworkPolicy,
+    Node,
+    Pod,
+    Resource,
+    Service,
+)
+from podwire.kube.store import ChangeSet, Store
+from podwire.net import Protocol, parse_address
+from podwire.policy import Attachment, PolicyCompiler, PolicyTable
+
+KINDS: dict[str, type[Resource]] = {
+    "NetworkPolicy": NetworkPolicy,
+    "ClusterNetworkPolicy": ClusterNetworkPolicy,
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A matrix of connections: `expect` has one character per source and destination."""
+
+    port: int
+    protocol: Protocol
+    bits: int
+    via_service: bool
+    check_loopback: bool
+    sources: tuple[str, ...]
+    destinations: tuple[str, ...]
+    expect: dict[str, str]
+
+    def cells(self) -> Iterator[tuple[str, str, bool]]:
+        """Source, destination, and whether it must connect; cells that say nothing left out."""
+        for source in self.sources:
+            row = self.expect.get(source, "")
+            for destination, cell in zip(self.destinations, row, strict=False):
+                itself = source == destination and not self.via_service
+                if cell in ".X" and (self.check_loopback or not itself):
+                    yield source, destination, cell == "."
+
+
+@dataclass
+class World:
+    """Objects of the case. `addresses` of every endpoint ever seen, also of deleted pods."""
+
+    store: Store = field(default_factory=Store)
+    nodes: dict[str, list[str]] = field(default_factory=dict)
+    pods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    external: dict[str, list[str]] = field(default_factory=dict)
+    services: dict[str, dict[str, Any]] = field(default_factory=dict)
+    counter: int = 0
+
+    @classmethod
+    def of(cls, topology: dict[str, Any]) -> World:
+        world = cls()
+        for namespace in topology.get("namespaces", ()):
+            world._namespace(namespace["name"], namespace.get("labels") or {})
+        for node in topology.get("nodes", ()):
+            world.nodes[node["name"]] = [str(ip) for ip in node.get("ips", ())]
+            world._put(
+                Node,
+                {
+                    "metadata": {"name": node["name"], "labels": node.get("labels") or {}},
+                    "status": {
+                        "addresses": [
+                            {"type": "InternalIP", "address": str(ip)} for ip in node.get("ips", ())
+                        ]
+                    },
+                },
+            )
+        for pod in topology.get("pods", ()):
+            world._pod(pod)
+        for external in topology.get("external") or ():
+            world.external[external["name"]] = [str(ip) for ip in external.get("ips", ())]
+        for service in topology.get("services") or ():
+            world.services[f"{service['namespace']}/{service['name']}"] = service
+            world._put(Service, _service(service))
+        return world
+
+    def apply(self, action: dict[str, Any]) -> None:
+        """One action of a step."""
+        match action["op"]:
+            case "apply-policy":
+                policy = action["policy"]
+                self._put(KINDS[policy["kind"]], policy)
+            case "delete-policy":
+                kind = KINDS[action.get("kind", "NetworkPolicy")]
+                self.store.remove(kind, (action.get("namespace", ""), action["name"]))
+            case "create-namespace":
+                self._namespace(action["name"], action.get("labels") or {})
+            case "delete-namespace":
+                name = action["name"]
+                for pod in [pod for pod in self.pods if pod.startswith(f"{name}/")]:
+                    self._delete_pod(pod)
+                for key in [key for key in self.store.all(NetworkPolicy) if key[0] == name]:
+                    self.store.remove(NetworkPolicy, key)
+                self.store.remove(Namespace, ("", name))
+            case "set-namespace-labels":
+                self._namespace(action.get("name") or action["namespace"], action["labels"] or {})
+            case "create-pod":
+                self._pod(action["pod"])
+            case "delete-pod":
+                self._delete_pod(f"{action['namespace']}/{action['name']}")
+            case "set-pod-labels":
+                pod = self.pods[f"{action['namespace']}/{action['name']}"]
+                self._pod({**pod, "labels": action["labels"] or {}})
+            case "set-pod-phase":
+                pod = self.pods[f"{action['namespace']}/{action['name']}"]
+                self._pod({**pod, "phase": action["phase"]})
+            case other:
+                raise ValueError(f"unknown action {other!r}")
+
+    def addresses(self, endpoint: str) -> list[str]:
+        """Text addresses of an endpoint."""
+        if endpoint.startswith("node:"):
+            return self.nodes[endpoint[5:]]
+        if endpoint.startswith("ext:"):
+            return self.external[endpoint[4:]]
+        pod = self.pods[endpoint]
+        if pod.get("hostNetwork"):
+            return self.nodes[pod["node"]]
+        return [str(ip) for ip in pod.get("ips", ())]
+
+    def address(self, endpoint: str, bits: int) -> bytes | None:
+        """The address of a family (32 or 128 bits)."""
+        packed = (parse_address(text) for text in self.addresses(endpoint))
+        return next((one for one in packed if len(one) * 8 == bits), None)
+
+    def attachments(self, node: str) -> list[Attachment]:
+        """The pods of a node that have a link of their own and run."""
+        return [
+            Attachment(
+                (pod["namespace"], pod["name"]),
+                f"pod{index}",
+                tuple(parse_address(str(ip)) for ip in pod.get("ips", ())),
+            )
+            for index, pod in enumerate(self.pods.values())
+            if pod["node"] == node and not pod.get("hostNetwork") and pod.get("ips")
+        ]
+
+    def backends(self, service: str, port: int, protocol: Protocol) -> list[tuple[str, int]]:
+        """Pods behind a Service's port, and the target port on each."""
+        source = self.services[service]
+        out: list[tuple[str, int]] = []
+        for wanted in source["ports"]:
+            if wanted["port"] != port or wanted.get("protocol", "TCP") != protocol.name:
+                continue
+            target = wanted.get("targetPort", wanted["port"])
+            for name, pod in self.pods.items():
+                labels = pod.get("labels") or {}
+                selector = source.get("selector") or {}
+                if pod["namespace"] != source["namespace"] or selector.items() - labels.items():
+                    continue
+                if pod.get("phase", "Running") != "Running":
+                    continue
+                for one in pod.get("ports", ()):
+                    if one.get("protocol", "TCP") == protocol.name and target in (
+                        one["port"],
+                        one["name"],
+                    ):
+                        out.append((name, one["port"]))
+                        break
+        return out
+
+    def probes(self, step: dict[str, Any], all_families: bool) -> list[Probe]:
+        """The step's matrices; those that name no family over each that the endpoints share."""
+        out: list[Probe] = []
+        for probe in step.get("probes") or ():
+            families = {"IPv4": [32], "IPv6": [128]}.get(probe.get("family"))
+            if families is None:
+                families = [32, 128] if all_families else [32]
+            for bits in families:
+                if all(self.address(source, bits) is None for source in probe["from"]):
+                    continue
+                out.append(
+                    Probe(
+                        probe["port"],
+                        Protocol[probe["protocol"]],
+                        bits,
+                        probe.get("via") == "service",
+                        probe.get("loopback") == "check",
+                        tuple(probe["from"]),
+                        tuple(probe["to"]),
+                        probe["expect"],
+                    )
+                )
+        return out
+
+    def _put(self, kind: type[Resource], source: dict[str, Any]) -> None:
+        self.store.put(msgspec.convert(source, kind))
+
+    def _namespace(self, name: str, labels: dict[str, str]) -> None:
+        self._put(
+            Namespace,
+            {"metadata": {"name": name, "labels": {**labels, "kubernetes.io/metadata.name": name}}},
+        )
+
+    def _pod(self, pod: dict[str, Any]) -> None:
+        self.counter += 1
+        name = f"{pod['namespace']}/{pod['name']}"
+        self.pods[name] = pod
+        host_network = bool(pod.get("hostNetwork"))
+        ips = self.nodes[pod["node"]] if host_network else [str(ip) for ip in pod.get("ips", ())]
+        ports = [
+            {
+                "name": port.get("name", ""),
+                "containerPort": port["port"],
+                "protocol": port.get("protocol", "TCP"),
+            }
+            for port in pod.get("ports") or ()
+        ]
+        self._put(
+            Pod,
+            {
+                "metadata": {
+                    "namespace": pod["namespace"],
+                    "name": pod["name"],
+                    "labels": pod.get("labels") or {},
+                    "uid": pod.get("uid", ""),
+                    "creationTimestamp": f"2026-01-01T00:00:{self.counter:02}Z",
+                },
+                "spec": {
+                    "nodeName": pod["node"],
+                    "hostNetwork": host_network,
+                    "containers": [{"name": "c", "ports": ports}],
+                },
+                "status": {
+                    "phase": pod.get("phase", "Running"),
+                    "podIP": ips[0] if ips else "",
+                    "podIPs": [{"ip": ip} for ip in ips],
+                },
+            },
+        )
+
+    def _delete_pod(self, name: str) -> None:
+        namespace, _, short = name.partition("/")
+        self.pods.pop(name, None)
+        self.store.remove(Pod, (namespace, short))
+
+
+def _service(source: dict[str, Any]) -> dict[str, Any]:
+    ips = [str(ip) for ip in source.get("clusterIPs") or source.get("ips") or ()]
+    if not ips and source.get("clusterIP"):
+        ips = [str(source["clusterIP"])]
+    return {
+        "metadata": {"namespace": source["namespace"], "name": source["name"]},
+        "spec": {
+            "clusterIP": ips[0] if ips else "",
+            "clusterIPs": ips,
+            "selector": source.get("selector"),
+            "ports": [
+                {
+                    "name": port.get("name", ""),
+                    "port": port["port"],
+                    "protocol": port.get("protocol", "TCP"),
+                }
+                for port in source.get("ports", ())
+            ],
+        },
+    }
+
+
+class Compilers:
+    """One compiler per node of the case, fed with the same objects."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._compilers = {node: PolicyCompiler(node) for node in world.nodes}
+        self._attached: dict[str, dict[tuple[str, str], Attachment]] = {n: {} for n in world.nodes}
+
+    def update(self) -> dict[str, PolicyTable]:
+        """The nodes' tables."""
+        changes: ChangeSet = self._world.store.take()
+        tables: dict[str, PolicyTable] = {}
+        for node, compiler in self._compilers.items():
+            wanted = {a.pod: a for a in self._world.attachments(node)}
+            attached = self._attached[node]
+            for pod in attached.keys() - wanted.keys():
+                compiler.detach(pod)
+            for pod, attachment in wanted.items():
+                if attached.get(pod) != attachment:
+                    compiler.attach(attachment)
+            self._attached[node] = wanted
+            tables[node] = compiler.update(changes)
+        return tables
