@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from podwire.errors import ConfigError
 from podwire.kernel import netns
-from podwire.lab import cgroups, mounts
-from podwire.lab.state import LabDir
+from podwire.lab import cgroups, files, mounts
+from podwire.lab.state import LabDir, Process
 
 BPF_FILE_SYSTEM = Path("/sys/fs/bpf")
 
@@ -86,3 +90,77 @@ def _become_node(lab: LabDir, node: str) -> None:
     if BPF_FILE_SYSTEM.is_dir():
         mounts.mount("bpf", BPF_FILE_SYSTEM)
     socket.sethostname(node)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a program can run: `enter` in a child before exec, or in a process that will exec.
+
+    `files` are bound over the machine's own in a mount namespace of its own.
+    """
+
+    lab: LabDir
+    hostname: str
+    netns: Path
+    node: str = ""
+    agent: Process | None = None  # of the node, whose namespaces a program on the node shares
+    files: Mapping[str, str] = field(default_factory=dict[str, str])  # path: text
+
+    def enter(self) -> None:
+        """Move this process, which must have one thread. Raises KernelError, OSError."""
+        fd = netns.open_path(self.netns)
+        cgroups.join(cgroups.of_node(self.lab.name, self.node or "control"))
+        if self.agent is not None:
+            others = {"cgroup": mounts.CLONE_NEWCGROUP, "mnt": mounts.CLONE_NEWNS}
+            opened = [
+                (os.open(f"/proc/{self.agent.pid}/ns/{kind}", os.O_RDONLY), flag)
+                for kind, flag in others.items()
+            ]
+            for other, flag in opened:
+                mounts.setns(other, flag)
+        netns.enter(fd)
+        mounts.unshare(mounts.CLONE_NEWUTS | (mounts.CLONE_NEWNS if self.files else 0))
+        socket.sethostname(self.hostname)
+        if self.files:
+            mounts.receive_only()
+        for target, text in self.files.items():
+            _cover(self.lab, Path(target), text)
+
+
+def _cover(lab: LabDir, target: Path, text: str) -> None:
+    """Bind a file with that text over `target`; a file that the machine lacks cannot be covered."""
+    if not target.exists():
+        return
+    fd, name = tempfile.mkstemp(prefix="exec-", dir=lab.path)
+    try:
+        os.write(fd, text.encode())
+        os.fchmod(fd, 0o644)
+        mounts.bind(Path(name), target.resolve())
+    finally:
+        os.close(fd)
+        os.unlink(name)  # the mount keeps it
+
+
+def place_of_pod(lab: LabDir, pod: Mapping[str, Any], dns_servers: Sequence[str]) -> Place:
+    """Where a pod's containers are. Raises ConfigError while it has no network."""
+    meta, spec, status = pod["metadata"], pod["spec"], pod["status"]
+    name, namespace = meta["name"], meta["namespace"]
+    host_network = bool(spec.get("hostNetwork"))
+    path = lab.netns(f"node-{spec.get('nodeName')}" if host_network else f"pod-{meta['uid']}")
+    if not status.get("podIP") or not path.exists():
+        raise ConfigError(f"pod {namespace}/{name} has no network (it is {status.get('phase')})")
+    addresses = [entry["ip"] for entry in status.get("podIPs", ())]
+    hostname = spec["nodeName"] if host_network else files.hostname(name, spec)
+    machine = Path("/etc/resolv.conf")
+    text = machine.read_text() if machine.exists() else ""
+    return Place(
+        lab,
+        hostname,
+        path,
+        node=spec["nodeName"],
+        files={
+            "/etc/resolv.conf": files.resolv_conf(spec, namespace, dns_servers, text),
+            "/etc/hosts": files.hosts(name, namespace, spec, addresses),
+            "/etc/hostname": f"{hostname}\n",
+        },
+    )

@@ -94,6 +94,8 @@ def _build_router(sock: NetlinkSocket, underlay: int, outside: int, dual_stack: 
             "net.ipv4.conf.default.rp_filter": 0,
             "net.ipv4.fib_multipath_hash_policy": 1,  # by connection, not by host
             "net.ipv6.fib_multipath_hash_policy": 1,
+            "net.ipv4.icmp_ratelimit": 0,  # "no route" is said to everyone who asks
+            "net.ipv6.icmp.ratelimit": 0,
         },
         underlay,
     )

@@ -18,7 +18,6 @@ from podwire.lab.state import LabDir, Node
 T = TypeVar("T")
 
 CNI_THREADS = 4  # plugins that run at once on one node
-BUILT = Path(__file__).parents[2] / "built"
 REFERENCE_PLUGINS = Path("/usr/lib/cni")
 
 
@@ -33,8 +32,9 @@ class NodeHost:
         self.conf_dir.mkdir(parents=True, exist_ok=True)
         self.network: cni.NetworkList | None = None
         self.ready = asyncio.Event()
+        self.reported: bool | None = None  # what the API was last told
         self.plugins = cni.Plugins(
-            (BUILT, REFERENCE_PLUGINS),
+            (lab.path / "bin", REFERENCE_PLUGINS),
             lab.node(node.name) / "cni" / "cache",
             lab.run_dir(node.name) / "cni.sock",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from podwire.kube import objects
 from podwire.kube.objects import Object, Resource
+from podwire.kube.resources import ENDPOINTS
 
 
 class HTTPGet(Object, frozen=True, kw_only=True):
@@ -68,7 +69,6 @@ class PodSpec(Object, frozen=True, kw_only=True):
 
 
 class Metadata(objects.Metadata, frozen=True, kw_only=True):
-    creation_timestamp: str | None = None
     deletion_grace_period_seconds: int | None = None
 
 
@@ -76,7 +76,7 @@ class PodStatus(Object, frozen=True, kw_only=True):
     phase: str = ""
 
 
-class Pod(Object, frozen=True, kw_only=True):
+class Pod(Resource, frozen=True, kw_only=True):
     metadata: Metadata = Metadata()
     spec: PodSpec = PodSpec()
     status: PodStatus = PodStatus()
@@ -150,3 +150,7 @@ def served_ports(pod: Pod, services: list[Service]) -> set[tuple[str, int]]:
             if handler and isinstance(handler.port, int):
                 ports.add(("TCP", handler.port))
     return {(protocol, port) for protocol, port in ports if 0 < port < 65536}
+
+
+ENDPOINTS[Pod] = ENDPOINTS[objects.Pod]
+ENDPOINTS[Service] = ENDPOINTS[objects.Service]

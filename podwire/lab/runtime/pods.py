@@ -86,6 +86,19 @@ class PodWorker:
         self._linger_s = 0.0
         self._ending.set()
 
+    def abandon(self) -> None:
+        """The node is gone, and the pod's network with it: nothing is left to take away."""
+        self._network = None
+        self.end()
+
+    def node_changed(self) -> None:
+        """The node has other addresses."""
+        self.state.host_addresses = self.node.node.addresses
+        if self.pod.spec.host_network and self.state.addresses:
+            self.state.addresses = self.node.node.addresses
+        if self.state.phase != "Pending":
+            self._host.report(self)
+
     def serve_more(self) -> None:
         """A Service or the labels changed: listen on target ports that are new."""
         ports = self._wanted_ports() - self._ports

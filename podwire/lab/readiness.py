@@ -1,0 +1,109 @@
+"""Whether a lab is ready: nodes, workloads, pods, and what the agents have programmed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from podwire.lab.cluster import Lab
+
+Json: TypeAlias = dict[str, Any]
+
+_WORKLOADS = (
+    ("Deployment", "/apis/apps/v1/deployments"),
+    ("StatefulSet", "/apis/apps/v1/statefulsets"),
+    ("DaemonSet", "/apis/apps/v1/daemonsets"),
+    ("ReplicaSet", "/apis/apps/v1/replicasets"),
+)
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """A look at the lab. `missing` says what is not ready, one line each."""
+
+    nodes: tuple[int, int] = (0, 0)  # ready, all
+    pods: tuple[int, int] = (0, 0)
+    missing: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        return not self.missing
+
+    def __str__(self) -> str:
+        return f"nodes {self.nodes[0]}/{self.nodes[1]}  pods {self.pods[0]}/{self.pods[1]}"
+
+    @classmethod
+    def of(cls, lab: Lab) -> Readiness:
+        """Ask the lab. Cheap questions first: pods are listed once the workloads say so."""
+        nodes = lab.items("/api/v1/nodes")
+        missing = [f"node {n['metadata']['name']}: {_why(n)}" for n in nodes if not is_ready(n)]
+        missing += [f"node {name}: not registered" for name in _unregistered(lab, nodes)]
+        counts = (sum(map(is_ready, nodes)), len(lab.record.nodes))
+        if missing:
+            return cls(counts, (0, 0), tuple(missing))
+        wanted = ready = 0
+        for kind, path in _WORKLOADS:
+            for workload in lab.items(path):
+                want, have = replicas(kind, workload)
+                wanted, ready = wanted + want, ready + min(have, want)
+                if have < want or not _observed(workload):
+                    missing.append(f"{kind} {_name(workload)}: {have} of {want} pods ready")
+        if missing:
+            return cls(counts, (ready, wanted), tuple(missing + _unready_pods(lab)))
+        pods = lab.items("/api/v1/pods")
+        missing = [f"pod {_name(p)}: {_why(p)}" for p in pods if not is_ready(p)]
+        if not missing:
+            missing = _behind(lab)
+        return cls(counts, (sum(map(is_ready, pods)), len(pods)), tuple(missing))
+
+
+def _unregistered(lab: Lab, nodes: Iterable[Json]) -> list[str]:
+    return sorted(set(lab.record.nodes) - {node["metadata"]["name"] for node in nodes})
+
+
+def _unready_pods(lab: Lab) -> list[str]:
+    """The pods behind the unready workloads, for the list that a timeout prints."""
+    summary = lab.runtime_summary()
+    return [f"pod {line}" for line in summary["waiting"][:20]]
+
+
+def _behind(lab: Lab) -> list[str]:
+    return []
+
+
+def replicas(kind: str, workload: Json) -> tuple[int, int]:
+    """How many pods a workload wants, and how many are ready."""
+    status: Json = workload.get("status") or {}
+    if kind == "DaemonSet":
+        return status.get("desiredNumberScheduled", 0), status.get("numberReady", 0)
+    if any(owner.get("controller") for owner in workload["metadata"].get("ownerReferences", ())):
+        return 0, 0  # its owner counts
+    wanted = workload["spec"].get("replicas")
+    return 1 if wanted is None else wanted, status.get("readyReplicas", 0)
+
+
+def _observed(workload: Json) -> bool:
+    status: Json = workload.get("status") or {}
+    return status.get("observedGeneration", 0) >= workload["metadata"].get("generation", 0)
+
+
+def is_ready(obj: Json) -> bool:
+    """Whether a node or pod is ready; a pod that has succeeded is."""
+    status: Json = obj.get("status") or {}
+    if status.get("phase") == "Succeeded":
+        return True
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", ()))
+
+
+def _why(obj: Json) -> str:
+    status: Json = obj.get("status") or {}
+    for condition in status.get("conditions", ()):
+        if condition["type"] == "Ready":
+            return condition.get("message") or condition.get("reason") or "not ready"
+    return status.get("phase") or "nothing is known yet"
+
+
+def _name(obj: Json) -> str:
+    return f"{obj['metadata']['namespace']}/{obj['metadata']['name']}"

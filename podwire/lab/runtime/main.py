@@ -1,0 +1,216 @@
+"""The runtime process: a worker per pod, their reports, answers for the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from podwire.agent.control import ControlServer, Query
+from podwire.agent.logs import event
+from podwire.errors import ApiError, ConfigError, PodwireError
+from podwire.kube.store import Change
+from podwire.lab.runtime.api import Api
+from podwire.lab.runtime.nodes import NodeHost, Watcher
+from podwire.lab.runtime.objects import Pod, Service
+from podwire.lab.runtime.pods import PodWorker, now_text
+from podwire.lab.runtime.status import node_object, node_ready, pod_status
+from podwire.lab.state import LabDir, Node
+
+log = logging.getLogger("podwire.lab.runtime")
+
+REPORTERS = 16  # status updates under way at once
+NOT_READY_RETRY_S = 0.5
+
+
+class Runtime:
+    """All kubelets of a lab."""
+
+    def __init__(self, lab: LabDir) -> None:
+        self.lab = lab
+        self._api = Api(lab)
+        self._nodes: dict[str, NodeHost] = {}
+        self._workers: dict[str, PodWorker] = {}  # by uid
+        self._services: dict[str, dict[str, Service]] = {}  # by namespace, name
+        self._dirty: dict[str, PodWorker] = {}
+        self._reports = asyncio.Semaphore(0)
+        self._visitor = ThreadPoolExecutor(1, "sandbox")  # visits pod namespaces, makes new ones
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self) -> None:
+        """Serve until the process ends."""
+        self._watcher = Watcher(lambda path: self._spawn(self._configuration_changed(path)))
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._read_nodes()))
+        control = ControlServer(self.lab.runtime_socket)
+        control.route("/v1/logs", self._answer_logs)
+        control.route("/v1/summary", self._answer_summary)
+        await control.start()
+        async with self._api:
+            await self._read_nodes()
+            for _ in range(REPORTERS):
+                self._spawn(self._report_loop())
+            await self._api.watch(self._service_changed, self._pod_changed)
+
+    def _spawn(self, work: Any) -> None:
+        """Run in the background; what fails is logged."""
+
+        async def run() -> None:
+            try:
+                await work
+            except (PodwireError, OSError) as error:
+                event(log, logging.ERROR, "failed", error=error)
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- nodes ------------------------------------------------------------------------------------
+
+    async def _read_nodes(self) -> None:
+        """Follow lab.json: register new nodes, re-register changed ones, drop those that went."""
+        nodes = self.lab.read().nodes
+        for name in set(self._nodes) - set(nodes):
+            await self._drop_node(name)
+        for name, node in nodes.items():
+            known = self._nodes.get(name)
+            if known is None:
+                self._nodes[name] = known = NodeHost(self.lab, node)
+                self._watcher.add(known.conf_dir)
+                await self._register(node)
+                self._spawn(self._look(known))
+            elif known.node != node:
+                known.node = node
+                await self._register(node)
+                for worker in self._workers.values():
+                    if worker.node is known:
+                        worker.node_changed()
+
+    async def _register(self, node: Node) -> None:
+        await self._api.register(node_object(node.name, node.addresses, node.pod_cidrs))
+
+    async def _drop_node(self, name: str) -> None:
+        """A node was taken away: its pods end with it, as after a machine's death."""
+        gone = self._nodes.pop(name)
+        for worker in [w for w in self._workers.values() if w.node is gone]:
+            worker.abandon()
+            await self.remove(worker.pod)
+        await self._api.remove_node(name)
+        gone.close()
+
+    async def _configuration_changed(self, directory: Path) -> None:
+        for node in self._nodes.values():
+            if node.conf_dir == directory:
+                await self._look(node)
+
+    async def _look(self, node: NodeHost) -> None:
+        """Report whether the node's network is ready; ask again while its plugins say no."""
+        while self._nodes.get(node.name) is node:
+            ready, why = await node.look()
+            reason = "KubeletReady" if ready else "KubeletNotReady"
+            if ready is not node.reported:
+                node.reported = ready
+                status = node_ready(ready, reason, why, now_text())
+                await self._api.node_status(node.name, status)
+            if ready or node.network is None:
+                return
+            await asyncio.sleep(NOT_READY_RETRY_S)
+
+    # --- what the API says ------------------------------------------------------------------------
+
+    def _service_changed(self, change: Change[Service]) -> None:
+        service = change.new
+        if service is None:
+            assert change.old is not None
+            del self._services[change.old.key[0]][change.old.key[1]]
+            return
+        namespace, name = service.key
+        self._services.setdefault(namespace, {})[name] = service
+        for worker in self._workers.values():
+            if service.selects(worker.pod):
+                worker.serve_more()
+
+    def _pod_changed(self, change: Change[Pod]) -> None:
+        old, new = change
+        gone = old and (new is None or new.metadata.uid != old.metadata.uid)
+        if old and gone and old.metadata.uid in self._workers:
+            self._workers[old.metadata.uid].end()
+        if new is None:
+            return
+        uid = new.metadata.uid
+        if (worker := self._workers.get(uid)) is not None:
+            worker.update(new)
+        elif (node := self._nodes.get(new.spec.node_name)) is not None:
+            if new.finished and not new.metadata.deletion_timestamp:
+                return
+            self._workers[uid] = worker = PodWorker(self, node, new)
+            worker.task.add_done_callback(functools.partial(self._ended, uid))
+
+    def _ended(self, uid: str, task: asyncio.Task[None]) -> None:
+        worker = self._workers.pop(uid)
+        self._dirty.pop(uid, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            event(log, logging.ERROR, "pod worker failed", pod=worker, error=repr(error))
+
+    # --- what workers need ------------------------------------------------------------------------
+
+    def services_of(self, namespace: str) -> list[Service]:
+        return list(self._services.get(namespace, {}).values())
+
+    def report(self, worker: PodWorker) -> None:
+        """Send the pod's status soon; several changes become one."""
+        uid = worker.pod.metadata.uid
+        if uid not in self._dirty:
+            self._dirty[uid] = worker
+            self._reports.release()
+
+    async def _report_loop(self) -> None:
+        while True:
+            await self._reports.acquire()
+            if not self._dirty:
+                continue
+            uid = next(iter(self._dirty))
+            worker = self._dirty.pop(uid)
+            status = pod_status(worker.pod, worker.state, now_text())
+            try:
+                await self._api.pod_status(worker.pod, status)
+            except ApiError as error:
+                event(log, logging.WARNING, "status not taken", pod=worker, error=error)
+                await asyncio.sleep(1)
+                self.report(worker)
+
+    async def remove(self, pod: Pod) -> None:
+        """The pod has ended: take its object away."""
+        await self._api.remove_pod(pod)
+
+    async def visit(self, call: Callable[[], Any]) -> Any:
+        """Run a blocking call that visits pod namespaces."""
+        return await asyncio.get_running_loop().run_in_executor(self._visitor, call)
+
+    # --- the command line -------------------------------------------------------------------------
+
+    def _answer_logs(self, query: Query) -> list[dict[str, Any]]:
+        for worker in self._workers.values():
+            identity = worker.identity
+            if (identity.namespace, identity.pod) == (query.get("namespace"), query.get("pod")):
+                return [entry._asdict() for entry in identity.log]
+        raise ConfigError(f"no pod {query.get('namespace')}/{query.get('pod')} runs here")
+
+    def _answer_summary(self, _query: Query) -> dict[str, Any]:
+        workers = self._workers.values()
+        waiting = [
+            f"{worker}: {worker.state.message or worker.state.waiting}"
+            for worker in workers
+            if worker.state.phase == "Pending"
+        ]
+        return {
+            "pods": len(workers),
+            "running": sum(w.state.phase == "Running" for w in workers),
+            "waiting": waiting,
+            "nodes": {name: node.ready.is_set() for name, node in self._nodes.items()},
+        }

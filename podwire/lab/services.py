@@ -1,0 +1,113 @@
+"""What the lab's processes run, and what they share: the way into the API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from podwire.agent import logs
+from podwire.agent.main import run as run_agent
+from podwire.agent.options import Options
+from podwire.kernel import netns
+from podwire.lab import topology
+from podwire.lab.api.server import ApiConfig, ApiServer
+from podwire.lab.controllers import ControllerConfig, ControllerManager
+from podwire.lab.runtime.main import Runtime
+from podwire.lab.state import LabDir, Record
+
+API_PORT = 6443
+
+
+@dataclass(frozen=True)
+class ApiAccess:
+    """The API server before it serves, and its sockets: on the underlay and on loopback."""
+
+    server: ApiServer
+    sockets: tuple[socket.socket, ...]
+
+
+def prepare_access(lab: LabDir, record: Record) -> ApiAccess:
+    """Open the API's sockets and write the kubeconfigs: nobody has to wait for the server."""
+    addresses = [topology.ROUTER[family] for family in topology.families(record.dual_stack)]
+    server = ApiServer(
+        ApiConfig(
+            service_cidrs=[
+                topology.SERVICE_RANGE[family] for family in topology.families(record.dual_stack)
+            ],
+            hosts=("127.0.0.1", "localhost", "kubernetes.default.svc", *addresses),
+        )
+    )
+    underlay = netns.open_path(lab.netns("underlay"))
+    with netns.entered(underlay):
+        os.close(underlay)
+        inner = [socket.create_server((a, API_PORT), family=_family(a)) for a in addresses]
+    outer = socket.create_server(("127.0.0.1", 0))
+    record.api = {"address": "127.0.0.1", "port": outer.getsockname()[1]}
+    here = f"https://127.0.0.1:{record.api['port']}"
+    _secret(lab.kubeconfig, server.kubeconfig(here, f"podwire-{lab.name}"))
+    _secret(node_kubeconfig(lab), server.kubeconfig(f"https://{addresses[0]}:{API_PORT}"))
+    return ApiAccess(server, (*inner, outer))
+
+
+def _family(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def node_kubeconfig(lab: LabDir) -> Path:
+    """For the agents: the API server's address on the underlay."""
+    return lab.path / "node.kubeconfig"
+
+
+def _secret(path: Path, text: str) -> None:
+    path.touch(mode=0o600)
+    path.write_text(text)
+
+
+def api_main(record: Record, access: ApiAccess) -> None:
+    """The API server and the controllers."""
+    logs.setup(record.settings["log_level"])
+    families = topology.families(record.dual_stack)
+    config = ControllerConfig(
+        [topology.POD_RANGE[family] for family in families],
+        [topology.LOAD_BALANCER_RANGE[family] for family in families],
+    )
+
+    async def serve() -> None:
+        controllers = ControllerManager(access.server.registry, config)
+        controllers.start()
+        await access.server.start(access.sockets)
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+def runtime_main(lab: LabDir, record: Record) -> None:
+    """All kubelets."""
+    logs.setup(record.settings["log_level"])
+
+    async def serve() -> None:
+        await Runtime(lab).run()
+
+    asyncio.run(serve())
+
+
+def agent_main(lab: LabDir, record: Record, node: str) -> None:
+    """The agent, told what its DaemonSet would tell it; this process is on the node already."""
+    settings = record.settings
+    logs.setup(settings["log_level"])
+    options = Options(
+        node_name=node,
+        kubeconfig=str(node_kubeconfig(lab)),
+        run_dir=lab.run_dir(node),
+        state_dir=lab.node(node) / "state",
+        cni_conf_dir=lab.node(node) / "cni" / "net.d",
+        wiring=settings["wiring"],
+        routing=settings["routing"],
+        datapath=settings["datapath"],
+        log_level=settings["log_level"],
+    )
+    sys.exit(run_agent(replace(options, **settings["agent"]).checked()))

@@ -1,0 +1,350 @@
+"""The lab's one supervisor: makes the network, forks the processes, watches them.
+
+    API server and controllers   on this machine's loopback and on the underlay
+    one agent per node           in the node's namespaces; started again when it dies
+    pod runtime                  all kubelets; started again when it dies
+
+It listens on ``supervisor.sock`` for the command line: one JSON line in, one JSON line out. When it
+dies, its children are killed with it, and `podwire lab down` takes the rest away.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeAlias
+
+from podwire.agent import logs
+from podwire.agent.logs import event
+from podwire.errors import ConfigError, PodwireError
+from podwire.lab import cgroups, enter, mounts, process, topology
+from podwire.lab.services import agent_main, api_main, prepare_access, runtime_main
+from podwire.lab.state import LabDir, Node, Record, this_process
+
+log = logging.getLogger("podwire.lab.supervisor")
+
+Json: TypeAlias = dict[str, Any]
+
+CNI_PLUGIN = Path(__file__).parents[1] / "built" / "podwire-cni"
+RESTART_FIRST_S, RESTART_MOST_S = 0.1, 5.0
+STABLE_S = 10.0  # a process that ran that long starts again at once
+
+
+@dataclass
+class Child:
+    """A process that should run. `pid` 0: it does not, at the moment."""
+
+    role: str
+    start: Callable[[], int]
+    restarts: bool
+    pid: int = 0
+    pidfd: int = -1
+    began: float = 0.0
+    delay_s: float = RESTART_FIRST_S
+    due: float | None = None  # when to start it again (monotonic)
+    deaths: int = 0
+    wanted: bool = True
+
+
+@dataclass
+class Supervisor:
+    """One lab. `ready_fd` is told ``+`` once everything runs, or what failed, and closed."""
+
+    lab: LabDir
+    record: Record
+    node_names: list[str]
+    ready_fd: int
+    children: dict[str, Child] = field(default_factory=dict[str, Child])
+    namespaces: dict[str, enter.NodeNamespaces] = field(
+        default_factory=dict[str, enter.NodeNamespaces]
+    )
+
+    def run(self) -> None:
+        """Bring the lab up and serve until SIGTERM."""
+        logs.setup(str(self.record.settings.get("log_level") or "info"))
+        self._selector = selectors.DefaultSelector()
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_write)
+        signal.signal(signal.SIGTERM, _woken)
+        self._private = (wake_read, wake_write, self.ready_fd)
+        try:
+            self._bring_up()
+        except (PodwireError, OSError) as error:
+            event(log, logging.ERROR, "lab does not come up", error=error)
+            os.write(self.ready_fd, str(error).encode())
+            return
+        os.write(self.ready_fd, b"+")
+        os.close(self.ready_fd)
+        self._private = (wake_read, wake_write)
+        self._selector.register(wake_read, selectors.EVENT_READ, self._stop)
+        self._running = True
+        while self._running:
+            for key, _ in self._selector.select(self._pause()):
+                key.data()
+            self._start_due()
+
+    # --- bringing up ------------------------------------------------------------------------------
+
+    def _bring_up(self) -> None:
+        lab, record = self.lab, self.record
+        cgroups.join(cgroups.of_lab(lab.name) and cgroups.of_node(lab.name, "control"))
+        for directory in ("netns", "log", "nodes", "bin"):
+            (lab.path / directory).mkdir()
+        (lab.path / "bin" / "podwire").symlink_to(CNI_PLUGIN)
+        mounts.bind(lab.path, lab.path)
+        mounts.share(lab.path)
+        record.processes["supervisor"] = this_process()
+        lab.write(record)
+        topology.build(lab, record.dual_stack)
+        for index, name in enumerate(self.node_names, 1):
+            self._make_node(topology.make_node(name, index, record.dual_stack))
+        self._listen()
+        access = prepare_access(lab, record)
+        lab.write(record)  # the children read the nodes there
+        gc.collect()
+        gc.freeze()  # what is imported stays shared with the children
+        self._child("api", lambda: api_main(record, access), restarts=False)
+        for sock in access.sockets:
+            sock.close()
+        self._child("runtime", lambda: runtime_main(lab, record), restarts=True)
+        for name in self.node_names:
+            self._start_agent(name)
+        lab.write(record)
+
+    def _make_node(self, node: Node) -> None:
+        for directory in ("run", "state", "cni/net.d", "cni/cache"):
+            (self.lab.node(node.name) / directory).mkdir(parents=True, exist_ok=True)
+        topology.add_node(self.lab, node, self.record.dual_stack)
+        self.namespaces[node.name] = enter.make_node_namespaces(self.lab, node.name)
+        self.record.nodes[node.name] = node
+
+    def _start_agent(self, name: str) -> None:
+        namespaces = self.namespaces[name]
+        cgroup = cgroups.of_node(self.lab.name, name)
+
+        def main() -> None:
+            cgroups.join(cgroup)
+            namespaces.enter()
+            agent_main(self.lab, self.record, name)
+
+        self._child(f"agent-{name}", main, restarts=True)
+
+    def _child(self, role: str, main: Callable[[], None], *, restarts: bool) -> None:
+        def start() -> int:
+            return process.fork(role, self.lab.log(role), main, self._descriptors())
+
+        self.children[role] = child = Child(role, start, restarts)
+        self._start(child)
+
+    def _descriptors(self) -> tuple[int, ...]:
+        """What belongs to this process alone."""
+        sockets = (self._listener.fileno(),) if hasattr(self, "_listener") else ()
+        pidfds = tuple(c.pidfd for c in self.children.values() if c.pidfd >= 0)
+        return (*self._private, *sockets, *pidfds, self._selector.fileno())
+
+    # --- watching ---------------------------------------------------------------------------------
+
+    def _start(self, child: Child) -> None:
+        child.pid = child.start()
+        child.pidfd = os.pidfd_open(child.pid)
+        child.began, child.due = time.monotonic(), None
+        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._died(child))
+        self.record.processes[child.role] = this_process(child.pid)
+
+    def _died(self, child: Child) -> None:
+        self._selector.unregister(child.pidfd)
+        os.close(child.pidfd)
+        _, status = os.waitpid(child.pid, 0)
+        child.pid, child.pidfd = 0, -1
+        self.record.processes.pop(child.role, None)
+        self.lab.write(self.record)
+        if not child.wanted:
+            return
+        child.deaths += 1
+        if time.monotonic() - child.began > STABLE_S:
+            child.delay_s = RESTART_FIRST_S
+        event(log, logging.WARNING, "process ended", role=child.role,
+              status=os.waitstatus_to_exitcode(status), restarts=child.restarts)  # fmt: skip
+        if child.restarts:
+            child.due = time.monotonic() + child.delay_s
+            child.delay_s = min(child.delay_s * 2, RESTART_MOST_S)
+
+    def _pause(self) -> float | None:
+        due = [c.due for c in self.children.values() if c.due is not None]
+        return max(min(due) - time.monotonic(), 0) if due else None
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for child in self.children.values():
+            if child.due is not None and child.due <= now and child.wanted:
+                self._start(child)
+                self.lab.write(self.record)
+
+    def _stop(self) -> None:
+        os.read(self._private[0], 64)
+        self._running = False
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            self._listener.bind(str(self.lab.supervisor_socket))
+        finally:
+            os.umask(before)
+        self._listener.listen(8)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        with connection:
+            connection.settimeout(5)
+            try:
+                with connection.makefile("rw") as stream:
+                    request = json.loads(stream.readline() or "{}")
+                    stream.write(json.dumps(self._answer(request)) + "\n")
+            except (OSError, ValueError) as error:
+                event(log, logging.WARNING, "bad request", error=error)
+
+    def _answer(self, request: Json) -> Json:
+        commands: Mapping[str, Callable[[Json], None]] = {
+            "start": self._command_start,
+            "stop": self._command_stop,
+            "add-node": self._command_add_node,
+            "remove-node": self._command_remove_node,
+            "readdress-node": self._command_readdress_node,
+        }
+        command = commands.get(str(request.get("do")))
+        try:
+            if command is None:
+                raise ConfigError(f"no such command: {request.get('do')!r}")
+            command(request)
+        except (PodwireError, OSError) as error:
+            return {"error": str(error)}
+        self.lab.write(self.record)
+        return {
+            "processes": {
+                c.role: {"pid": c.pid, "deaths": c.deaths} for c in self.children.values()
+            }
+        }
+
+    def _command_stop(self, request: Json) -> None:
+        """End a process and leave it ended; `signal` as a number, by default SIGTERM."""
+        child = self._named(request)
+        child.wanted, child.due = False, None
+        if child.pid:
+            signal.pidfd_send_signal(child.pidfd, int(request.get("signal") or signal.SIGTERM))
+            os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
+            self._died(child)
+
+    def _command_start(self, request: Json) -> None:
+        child = self._named(request)
+        child.wanted = True
+        if not child.pid:
+            self._start(child)
+
+    def _named(self, request: Json) -> Child:
+        child = self.children.get(str(request.get("process")))
+        if child is None:
+            raise ConfigError(f"no process {request.get('process')}: {', '.join(self.children)}")
+        return child
+
+    def _command_add_node(self, request: Json) -> None:
+        name = str(request["node"])
+        if name in self.record.nodes:
+            raise ConfigError(f"there is a node {name} already")
+        taken = {node.index for node in self.record.nodes.values()}
+        index = next(i for i in range(1, topology.MOST_NODES + 2) if i not in taken)
+        self._make_node(topology.make_node(name, index, self.record.dual_stack))
+        self._tell_runtime({"add": name})
+        self._start_agent(name)
+
+    def _command_remove_node(self, request: Json) -> None:
+        node = self._node(request)
+        self._command_stop({"process": f"agent-{node.name}", "signal": signal.SIGKILL})
+        del self.children[f"agent-{node.name}"]
+        del self.record.nodes[node.name]
+        self._tell_runtime({"remove": node.name})
+        topology.remove_node(self.lab, node)
+        self.namespaces.pop(node.name).close()
+
+    def _command_readdress_node(self, request: Json) -> None:
+        old = self._node(request)
+        new = topology.make_node(old.name, old.index, self.record.dual_stack, int(request["host"]))
+        topology.readdress_node(self.lab, old, new, self.record.dual_stack)
+        self.record.nodes[new.name] = new
+        self._tell_runtime({"add": new.name})
+
+    def _node(self, request: Json) -> Node:
+        node = self.record.nodes.get(str(request.get("node")))
+        if node is None:
+            raise ConfigError(f"no node {request.get('node')}: {', '.join(self.record.nodes)}")
+        return node
+
+    def _tell_runtime(self, _change: Json) -> None:
+        """The runtime reads the nodes from lab.json."""
+        self.lab.write(self.record)
+        child = self.children["runtime"]
+        if child.pid:
+            signal.pidfd_send_signal(child.pidfd, signal.SIGHUP)
+
+
+def _woken(_number: int, _frame: FrameType | None) -> None:
+    """The wakeup descriptor has told the loop."""
+
+
+def command(lab: LabDir, request: Json) -> Json:
+    """Ask a lab's supervisor. Raises PodwireError with its answer, or when it is gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(30)
+        try:
+            sock.connect(str(lab.supervisor_socket))
+            sock.sendall(json.dumps(request).encode() + b"\n")
+            with sock.makefile() as stream:
+                answer: Json = json.loads(stream.readline() or "{}")
+        except OSError as error:
+            raise PodwireError(
+                f"lab {lab.name} has no supervisor any more ({error.strerror or error}): "
+                f"`podwire lab down --name {lab.name}` takes the rest away"
+            ) from None
+    if "error" in answer:
+        raise PodwireError(str(answer["error"]))
+    return answer
+
+
+def start(lab: LabDir, record: Record, node_names: list[str]) -> None:
+    """Start a supervisor in the background; returns when every process runs.
+
+    Raises PodwireError when the lab does not come up (what was made is taken away by `down`).
+    """
+    read, write = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if process.detach():
+        os.close(read)
+        try:
+            process.redirect(lab.path / "supervisor.log")
+            Supervisor(lab, record, node_names, write).run()
+        except BaseException as error:
+            event(log, logging.ERROR, "supervisor failed", error=repr(error))
+        finally:
+            os._exit(0)
+    os.close(write)
+    try:
+        answer = b"".join(iter(lambda: os.read(read, 4096), b"")).decode()
+    finally:
+        os.close(read)
+    if answer != "+":
+        raise PodwireError(f"lab {lab.name} does not come up: {answer or 'the supervisor died'}")

@@ -1,0 +1,47 @@
+"""Labs for the tests: each has a name of its own, and is taken away whatever happens."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from podwire.lab import cgroups, mounts, teardown
+from podwire.lab.cluster import Lab
+from podwire.lab.state import LabDir
+
+_numbers = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="a lab needs root"))
+
+
+@pytest.fixture
+def make_lab() -> Iterator[Callable[..., Lab]]:
+    """Brings labs up; their nodes are ready when it returns."""
+    made: list[str] = []
+
+    def make(**options: Any) -> Lab:
+        name = f"pwt-{os.getpid()}-{next(_numbers)}"
+        made.append(name)
+        lab = Lab.up(name, **options)
+        lab.wait(30)
+        return lab
+
+    yield make
+    for name in made:
+        teardown.down(LabDir(name))
+
+
+def left_of(name: str) -> list[str]:
+    """Whatever of a lab is still on the machine."""
+    directory, cgroup = LabDir(name), cgroups.of_lab(name)
+    found = [str(path) for path in mounts.below(directory.path)]
+    found += [str(path) for path in (directory.path, cgroup) if path is not None and path.exists()]
+    return found
