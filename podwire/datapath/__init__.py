@@ -1,6 +1,10 @@
 """Tables in, kernel transactions out. One room per spelling, the same interface.
 
 In: ServiceTable, PolicyTable or RouteTable. Out: one transaction with the difference.
+
+Every room that serves Services has `podwire.datapath.<room>.services.ServicesPart`, made with
+``ServicesPart(config: ProxyConfig, netns_fd: int | None = None)``; the conformance suite finds it
+there, runs it in `netns_fd` with its requirements set, and closes it with `close()`.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ _SUBSYSTEM = 10 << 8
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET = 1, 4, 7, 10
 _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETGEN = 12, 13, 14, 16
+_GETOBJ, _OBJECT_COUNTER = 19, 1
 
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS, _LIST_ELEM = 1, 2, 3, 1
 _ELEM_KEY, _ELEM_DATA, _ELEM_FLAGS, _ELEM_TIMEOUT, _ELEM_KEY_END = 1, 2, 3, 4, 10
@@ -122,6 +123,18 @@ def interval(first: bytes, last: bytes) -> list[Element]:
     if after >> (8 * len(last)):
         return [Element(first)]
     return [Element(first), Element(after.to_bytes(len(last), "big"), flags=INTERVAL_END)]
+
+
+def intervals(elements: Iterable[Element]) -> frozenset[tuple[bytes, bytes]]:
+    """The inclusive ranges that the elements of a single-field interval set mean."""
+    elements = list(elements)
+    starts = sorted(e.key for e in elements if not e.flags & INTERVAL_END)
+    ends = sorted(e.key for e in elements if e.flags & INTERVAL_END and any(e.key))
+    ranges: set[tuple[bytes, bytes]] = set()
+    for i, start in enumerate(starts):
+        after = int.from_bytes(ends[i], "big") if i < len(ends) else 1 << (len(start) * 8)
+        ranges.add((start, (after - 1).to_bytes(len(start), "big")))
+    return frozenset(ranges)
 
 
 class Transaction:
@@ -254,6 +267,17 @@ class NfTables:
         for body in self._ask(_GETRULE, family, netlink.text(1, table)):
             attributes = netlink.attributes(body, 4)
             found.append((netlink.string(attributes[2]), attributes.get(4, b"")))
+        return found
+
+    def counters(self, family: int, table: str) -> dict[str, tuple[int, int]]:
+        """Packets and bytes of a table's named counters; empty if there is no such table."""
+        found: dict[str, tuple[int, int]] = {}
+        for body in self._ask(_GETOBJ, family, netlink.text(1, table)):
+            parts = netlink.attributes(body, 4)
+            if int.from_bytes(parts[3], "big") == _OBJECT_COUNTER:
+                numbers = netlink.attributes(parts[4])
+                packets, octets = (int.from_bytes(numbers[n], "big") for n in (2, 1))
+                found[netlink.string(parts[2])] = (packets, octets)
         return found
 
     def sets(self, family: int, table: str) -> list[str]:

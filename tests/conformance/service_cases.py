@@ -69,6 +69,7 @@ class Cluster:
             or case["node"].get("labels", {}).get("topology.kubernetes.io/zone")
             or "",
         )
+        self.pod_cidr: str = case["node"].get("podCIDR", "")
         self.config = proxy_config(case.get("config", {}))
         self.store = Store()
         self.compiler = ServiceCompiler(self.node, self.config)

@@ -1,19 +1,17 @@
-"""Every given service-proxy case, on the evaluator."""
+"""Every given service-proxy case: on the evaluator, and with real packets."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.conformance import SHARED_CASES
-from tests.conformance.service_cases import load
-from tests.conformance.service_model import Model
-from tests.conformance.service_proxy import check
+from tests.conformance import SHARED_CASES, service_proxy
 
 FOLDER = SHARED_CASES / "service-proxy"
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the cases are not at {FOLDER}")
-def test_the_evaluator_passes_every_given_case() -> None:
-    results = [check(name, case, Model()) for name, case in load(FOLDER)]
+@pytest.mark.parametrize("datapath", ["evaluator", "nftables"])
+def test_every_given_case(datapath: str) -> None:
+    results = list(service_proxy.run(FOLDER, datapath))
     assert results
     assert [result for result in results if result.outcome != "passed"] == []

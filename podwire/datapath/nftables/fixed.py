@@ -29,6 +29,11 @@ class FixedTable:
             self._nft.run(self._removal + self._script)
         self._rules = self._nft.rules(self._family, self._name)
 
+    def extend(self, script: str) -> None:
+        """Run a script that adds rules to the table, or takes some away, on purpose."""
+        self._nft.run(script)
+        self._rules = self._nft.rules(self._family, self._name)
+
     def intact(self) -> bool:
         """Whether the kernel still holds the rules as they were made."""
         return self._nft.rules(self._family, self._name) == self._rules

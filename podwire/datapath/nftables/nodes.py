@@ -12,12 +12,12 @@ from podwire.datapath import Requirement
 from podwire.datapath.nftables.fixed import FixedTable
 from podwire.kernel.nftables import (
     INET,
-    INTERVAL_END,
     Element,
     NfTables,
     Set,
     Transaction,
     interval,
+    intervals,
 )
 from podwire.net import Address, Prefix
 from podwire.nodes import RouteTable
@@ -118,14 +118,7 @@ class NodesPart:
         self._held = wanted
 
     def _read(self, target: Set) -> _Ranges:
-        elements = self._nft.elements(target)
-        starts = sorted(e.key for e in elements if not e.flags & INTERVAL_END)
-        ends = sorted(e.key for e in elements if e.flags & INTERVAL_END and any(e.key))
-        ranges: set[tuple[Address, Address]] = set()
-        for i, start in enumerate(starts):
-            after = int.from_bytes(ends[i], "big") if i < len(ends) else 1 << (len(start) * 8)
-            ranges.add((start, (after - 1).to_bytes(len(start), "big")))
-        return frozenset(ranges)
+        return intervals(self._nft.elements(target))
 
 
 _PODS = {size: Set(INET, TABLE, f"pods-ipv{v}") for size, v in ((4, 4), (16, 6))}

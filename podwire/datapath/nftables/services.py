@@ -1,0 +1,151 @@
+"""Services on nftables: tables `ip` and `ip6 podwire-services`, where only elements move.
+
+`services_rules` holds the rules, `services_elements` spells a port. A change costs the elements of
+the ports that changed: what the kernel should hold of a port follows from the port, so nothing is
+listed but by `start` and `verify`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from podwire.datapath import Requirement
+from podwire.datapath.nftables.services_family import FamilyTable
+from podwire.datapath.nftables.services_rules import serves_loopback
+from podwire.errors import KernelError
+from podwire.kernel.nftables import NfTables, Transaction
+from podwire.services import Family, ProxyConfig, ServiceTable
+
+log = logging.getLogger("podwire.datapath.nftables.services")
+
+_FAMILIES: tuple[Family, Family] = (4, 6)
+_FORWARD = (
+    Requirement("net.ipv4.ip_forward", "1", "backends are behind this node"),
+    Requirement("net.ipv6.conf.all.forwarding", "1", "backends are behind this node"),
+)
+_LOCALNET = Requirement(
+    "net.ipv4.conf.all.route_localnet", "1", "node ports are served on 127.0.0.1"
+)
+
+
+class ServicesPart:
+    """A ServiceTable in the kernel. Thread-safe; see `podwire.datapath.Part`."""
+
+    def __init__(self, config: ProxyConfig, netns_fd: int | None = None) -> None:
+        loopback = (_LOCALNET,) if serves_loopback(config) else ()
+        self.requirements: Sequence[Requirement] = (*_FORWARD, *loopback)
+        self._nft = NfTables(netns_fd)
+        self._families = {family: FamilyTable(self._nft, family, config) for family in _FAMILIES}
+        self._table: ServiceTable | None = None
+        self._trusted = False  # whether the kernel holds what we think it holds
+        self._generation = 0
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        self._nft.close()
+
+    def start(self) -> None:
+        """Make the rules anew in one transaction; elements of an earlier process stay."""
+        with self._lock:
+            for family in self._families.values():
+                family.make()
+            self._table, self._trusted = None, False
+
+    def apply(self, table: ServiceTable) -> None:
+        """Make the kernel hold `table`, in one transaction: no packet sees half of it.
+
+        Only the slots that shrunken lists leave behind wait for `flush`.
+        """
+        with self._lock:
+            if table is self._table and self._trusted:
+                return
+            if self._trusted and self._table is not None:
+                try:
+                    self._apply_changes(self._table, table)
+                    return
+                except KernelError as error:
+                    # Somebody changed the table behind our back, or nf_tables ran out of memory.
+                    log.warning("elements do not fit, reading them back: %s", error)
+                    self._trusted = False
+            self._apply_all(table)
+
+    def flush(self) -> None:
+        """Send the waiting deletes."""
+        with self._lock:
+            transaction = Transaction()
+            for family in self._families.values():
+                family.plan_flush(transaction)
+            self._commit(transaction)
+            for family in self._families.values():
+                family.flushed()
+
+    def verify(self) -> list[str]:
+        """Read the tables back, repair what differs, and name each repair.
+
+        Costs one question to the kernel where nobody but us has committed anything since.
+        """
+        with self._lock:
+            if self._table is None:
+                return []
+            generation = self._nft.generation()
+            if self._trusted and generation == self._generation:
+                return []
+            repairs: list[str] = []
+            for family in self._families.values():
+                if not family.intact():
+                    family.make()
+                    repairs.append(f"made the rules of {family} again")
+            repairs += self._apply_all(self._table)
+            for family in self._families.values():
+                family.remove_unused_rules()
+            self._generation = self._nft.generation()
+            return repairs
+
+    def cleanup(self) -> None:
+        """Remove both tables. Translated connections go on: conntrack keeps their addresses."""
+        with self._lock:
+            for family in self._families.values():
+                family.remove()
+            self._table, self._trusted = None, False
+
+    def status(self) -> dict[str, object]:
+        """Elements by family, waiting deletes, and packets refused and dropped so far."""
+        return {str(family): family.status() for family in self._families.values()}
+
+    def _apply_changes(self, old: ServiceTable, new: ServiceTable) -> None:
+        delta = new.delta(old)
+        transaction = Transaction()
+        settings = new.settings if delta.settings else None
+        for number, family in self._families.items():
+            changes = [pair for name, pair in delta.ports.items() if name.family == number]
+            family.plan(transaction, changes, settings)
+        self._finish(transaction, new)
+
+    def _apply_all(self, table: ServiceTable) -> list[str]:
+        """Read back what the kernel holds and change the difference; what was repaired."""
+        transaction = Transaction()
+        repairs: list[str] = []
+        for number, family in self._families.items():
+            ports = [port for name, port in table.ports.items() if name.family == number]
+            repairs += family.plan_all(transaction, ports, table.settings)
+        self._finish(transaction, table)
+        return repairs
+
+    def _finish(self, transaction: Transaction, table: ServiceTable) -> None:
+        for family in self._families.values():
+            self._generation += family.make_missing_rules()
+        self._commit(transaction)
+        for family in self._families.values():
+            family.done()
+        self._table, self._trusted = table, True
+
+    def _commit(self, transaction: Transaction) -> None:
+        try:
+            self._nft.commit(transaction)
+        except KernelError:
+            self._trusted = False
+            raise
+        if transaction:
+            self._generation += 1
