@@ -20,9 +20,7 @@ _PROTOCOLS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 def connect_outside(host: Namespace) -> Namespace:
     """A host of the outside world, one hop from the node, that knows no pod addresses."""
     outside = Namespace("outside")
-    host.run(
-        "ip", "link", "add", "out0", "type", "veth", "peer", "name", "up0", "netns", outside.name
-    )
+    _pair(host, "out0", outside, "up0")
     for namespace, link, four, six in (
         (host, "out0", HOST4, HOST6),
         (outside, "up0", OUTSIDE4, OUTSIDE6),
@@ -37,9 +35,7 @@ def connect_outside(host: Namespace) -> Namespace:
 
 def wire_by_hand(host: Namespace, pod: Namespace, ifname: str, result: dict[str, Any]) -> None:
     """Give the pod what an invented prevResult says it has."""
-    host.run(
-        "ip", "link", "add", "byhand0", "type", "veth", "peer", "name", ifname, "netns", pod.name
-    )
+    _pair(host, "byhand0", pod, ifname)
     host.run("ip", "link", "set", "byhand0", "up")
     for link in ("lo", ifname):
         pod.run("ip", "link", "set", link, "up")
