@@ -11,6 +11,7 @@ to remove a link; `Remover` does that later, for many links at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -221,8 +222,14 @@ class Lifecycle:
         self._with.pool.cancel(work.attachment.key)
 
     def _attach(self, work: _Work) -> None:
-        wiring = self._wiring(work.attachment)
-        work.attachment = wiring.attach(work.attachment, work.netns_fd)
+        wiring, draft = self._wiring(work.attachment), work.attachment
+        try:
+            work.attachment = wiring.attach(draft, work.netns_fd)
+        except KernelError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            self._remover.flush()  # perhaps it is a deleted pod's that waits for its removal
+            work.attachment = wiring.attach(draft, work.netns_fd)
         work.result = answer.of_link(work.plan, work.attachment)
         work.changed = True
 
@@ -427,7 +434,8 @@ class Lifecycle:
     def reconcile(self) -> None:
         """Bring the kernel to what is recorded: at the start, before anything is served."""
         state = self._with.state
-        links = {name for wiring in self._with.wirings.values() for name in wiring.links()}
+        wirings = self._with.wirings
+        links = {name for wiring in wirings.values() for name in wiring.links()}
         for known in state.attachments():
             if known.host_ifname and known.host_ifname not in links:
                 log.info("pod vanished", extra={"container": known.key.container})
@@ -435,11 +443,11 @@ class Lifecycle:
                 self._with.pool.release(known.key)
                 self._with.dismiss(known)
         kept = state.attachments()
-        strays = links - {known.host_ifname for known in kept}
-        if strays:
-            next(iter(self._with.wirings.values())).purge(strays)
+        names = {known.host_ifname for known in kept}
+        for wiring in wirings.values():
+            wiring.purge(set(wiring.links()) - names)
         state.removed(state.removals())
-        for name, wiring in self._with.wirings.items():
+        for name, wiring in wirings.items():
             wiring.reconcile([known for known in kept if known.wiring == name])
         self._with.meters.reconcile([known.meter for known in kept if known.meter])
         self._with.host_ports.reconcile([k.host_ports for k in kept if k.host_ports])

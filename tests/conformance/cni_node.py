@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from podwire.cni.assembly import STATE_FILE, assemble, boot_time
 from podwire.cni.plan import NodeConfig
 from podwire.cni.server import SOCKET, CniServer
+from podwire.datapath.nftables.spoof import SpoofGuard
 from podwire.ipam.state import State
 from podwire.kernel import netns
 from tests.conformance import REPOSITORY
@@ -44,7 +44,7 @@ class Namespace:
 
     def __init__(self, role: str) -> None:
         _NETNS.mkdir(exist_ok=True)
-        self.name = f"pwt-{os.getpid()}-{next(_numbers)}-{role}"
+        self.name = f"pwt{os.getpid()}-{next(_numbers)}-{role}"
         self.path = str(_NETNS / self.name)
         self.fd = netns.create_named(self.path)
 
@@ -65,10 +65,18 @@ class Namespace:
         return netns.run(self.fd, ["/bin/sh", "-ec", command], timeout_s=timeout_s)
 
 
+def _guard() -> SpoofGuard:
+    guard = SpoofGuard()
+    guard.start()
+    return guard
+
+
 class Node:
     """`folder` holds run and state directories and the plugins by their names."""
 
-    def __init__(self, config: Callable[[], NodeConfig] = NodeConfig, **assembly: object) -> None:
+    def __init__(
+        self, config: Callable[[], NodeConfig] = NodeConfig, *, guarded: bool = False
+    ) -> None:
         build_shim()
         self.namespace = Namespace("node")
         self._folder = tempfile.TemporaryDirectory(prefix="pwt-cni-")
@@ -79,7 +87,7 @@ class Node:
             (self.plugins / f"podwire{suffix}").symlink_to(SHIM)
         self.socket = self.folder / "run" / SOCKET
         self._config = config
-        self._assembly = assembly
+        self._guarded = guarded
         self._pid = 0
         self.namespace.run("ip", "link", "set", "lo", "up")
 
@@ -104,15 +112,15 @@ class Node:
 
     def start(self) -> None:
         """Start the server and wait until it listens."""
-        ready, write = os.pipe()
+        read, write = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
-            os.close(ready)
+            os.close(read)
             self._child(write)
         os.close(write)
-        with open(ready, "rb") as pipe:
-            said = pipe.read()
-        if said != b"ready":
+        self._pipe = open(read, "rb", buffering=0)  # noqa: SIM115  closed by `_end`
+        if (said := self._pipe.read(1)) != b"+":
+            said += self._pipe.read()
             self.kill()
             raise RuntimeError(f"the server did not start: {said.decode()}")
 
@@ -126,7 +134,7 @@ class Node:
     def skip_time(self) -> None:
         """Let an hour pass on the pool's clock."""
         os.kill(self._pid, signal.SIGUSR1)
-        time.sleep(0.01)
+        assert self._pipe.read(1) == b"+"
 
     def call(
         self, plugin: str, environment: Mapping[str, str], stdin: object
@@ -154,31 +162,28 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, number)
             os.waitpid(self._pid, 0)
+            self._pipe.close()
             self._pid = 0
 
     def _child(self, write: int) -> None:
         status = 1
         skipped = 0.0
-
-        def skip(*_: object) -> None:
-            nonlocal skipped
-            skipped += 3600
-
+        awaited = {signal.SIGTERM, signal.SIGUSR1}
         try:
-            signal.signal(signal.SIGUSR1, skip)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
             with netns.entered(self.namespace.fd):
                 lifecycle = assemble(
                     self.state(),
                     node=self._config,
+                    guard=_guard() if self._guarded else None,
                     now=lambda: boot_time() + skipped,
-                    **self._assembly,  # type: ignore[arg-type]
                 )
                 server = CniServer(self.folder / "run", lifecycle)
                 server.start()
-                os.write(write, b"ready")
-                os.close(write)
-                signal.sigwait({signal.SIGTERM})
+                os.write(write, b"+")
+                while signal.sigwait(awaited) == signal.SIGUSR1:
+                    skipped += 3600
+                    os.write(write, b"+")
                 server.stop()
             status = 0
         except BaseException:
