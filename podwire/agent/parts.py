@@ -17,12 +17,13 @@ from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.datapath import Part, Requirement
 from podwire.datapath.nftables.nodes import NodesPart
+from podwire.datapath.nftables.services import ServicesPart
 from podwire.errors import Unsupported
 from podwire.kube.objects import EndpointSlice, Node, Service, ServiceCIDR
 from podwire.kube.store import Kind, Store
 from podwire.net import parse_prefix
 from podwire.nodes import RouteCompiler
-from podwire.services import ServiceCompiler, ServiceTable
+from podwire.services import ProxyConfig, ServiceCompiler
 from podwire.wiring.routes import NodeRoutes
 
 BRIDGE = "cni0"
@@ -120,9 +121,11 @@ def _add_nodes(built: Built, options: Options) -> None:
 
 
 def _add_services(built: Built, options: Options, node: Node) -> None:
-    compiler = ServiceCompiler(own_node.facts(node), own_node.proxy_config(options, node))
-    sync: Sync[ServiceTable] = Sync("services", compiler.update, None)
-    built.syncs.append(sync)
+    config = own_node.proxy_config(options, node)
+    compiler = ServiceCompiler(own_node.facts(node), config)
+    path = ServicesPart(config)
+    built.syncs.append(Sync("services", compiler.update, path))
+    built.requirements += path.requirements
 
     def serve(control: ControlServer, store: Store, _: Loop) -> None:
         control.route("/v1/services", lambda query: services_api.listing(compiler.table, query))
@@ -160,6 +163,7 @@ def all_paths(options: Options) -> Iterator[tuple[str, Part[Any]]]:
     """Every part that this or another data path may have left in the kernel, for `--cleanup`."""
     yield "routes", NodeRoutes()
     yield "masquerade", NodesPart()
+    yield "services", ServicesPart(ProxyConfig())
 
 
 __all__: Sequence[str] = ("BRIDGE", "Built", "all_paths", "build", "kinds", "missing")
