@@ -23,7 +23,7 @@ from typing import Any, TypeAlias, cast
 
 from podwire.errors import ApiError, ConfigError, PodwireError
 from podwire.kernel import netns
-from podwire.lab import enter, supervisor, teardown
+from podwire.lab import control, enter, teardown
 from podwire.lab.access import Access
 from podwire.lab.manifests import Manifest
 from podwire.lab.readiness import Readiness
@@ -66,6 +66,8 @@ class Lab:
         Returns when every process runs; `wait` waits for the nodes. Raises ConfigError when a lab
         of that name is there already, PodwireError when it does not come up.
         """
+        from podwire.lab import supervisor  # and with it all that a lab runs
+
         lab = LabDir(name)
         if os.geteuid() != 0:
             raise ConfigError("a lab needs root: it makes network namespaces")
@@ -103,7 +105,7 @@ class Lab:
 
     def control(self, do: str, **request: Any) -> Json:
         """Give the supervisor a command (`podwire.lab.supervisor`)."""
-        answer = supervisor.command(self.dir, {"do": do, **request})
+        answer = control.command(self.dir, {"do": do, **request})
         self.reload()
         return answer
 

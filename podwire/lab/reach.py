@@ -122,10 +122,11 @@ def _endpoint(target: Target) -> str:
 
 
 def measure(lab: Lab, namespace: str = "", timeout_s: float = 1.0) -> Matrix:
-    """Try every pair. `namespace` limits the pods and Services."""
+    """Try every pair. `namespace` limits the pods and Services; the system's own are left out."""
     path = f"/api/v1/namespaces/{namespace}" if namespace else "/api/v1"
-    services = lab.items(f"{path}/services")
-    pods = _chosen([p for p in lab.items(f"{path}/pods") if p["status"].get("phase") == "Running"])
+    services = [s for s in lab.items(f"{path}/services") if _shown(s, namespace)]
+    pods = [p for p in lab.items(f"{path}/pods") if _shown(p, namespace)]
+    pods = _chosen([p for p in pods if p["status"].get("phase") == "Running"])
     sources = [_pod_source(lab, pod) for pod in pods]
     sources += [Source(n, "node", str(lab.dir.netns(f"node-{n}"))) for n in lab.record.nodes]
     sources.append(Source("outside", "world", str(lab.dir.netns("outside"))))
@@ -148,6 +149,10 @@ def measure(lab: Lab, namespace: str = "", timeout_s: float = 1.0) -> Matrix:
         for answer in connect.ask_all(asks):
             outcomes[answer.ask.label] = answer.outcome
     return Matrix(sources, targets, outcomes)
+
+
+def _shown(obj: Json, namespace: str) -> bool:
+    return bool(namespace) or obj["metadata"]["namespace"] != "kube-system"
 
 
 def _chosen(pods: list[Json]) -> list[Json]:

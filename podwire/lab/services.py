@@ -13,13 +13,17 @@ from podwire.agent import logs
 from podwire.agent.main import run as run_agent
 from podwire.agent.options import Options
 from podwire.kernel import netns
+from podwire.kube.objects import Json
 from podwire.lab import topology
+from podwire.lab.api.manifests import apply_all
 from podwire.lab.api.server import ApiConfig, ApiServer
 from podwire.lab.controllers import ControllerConfig, ControllerManager
 from podwire.lab.runtime.main import Runtime
+from podwire.lab.runtime.objects import DNS_IMAGE
 from podwire.lab.state import LabDir, Record
 
 API_PORT = 6443
+DNS_ADDRESS = ("10.96.0.10", "fd00:10:96::a")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def prepare_access(lab: LabDir, record: Record) -> ApiAccess:
             hosts=("127.0.0.1", "localhost", "kubernetes.default.svc", *addresses),
         )
     )
+    apply_all(server.registry, dns_objects(record.dual_stack))
     underlay = netns.open_path(lab.netns("underlay"))
     with netns.entered(underlay):
         os.close(underlay)
@@ -51,6 +56,37 @@ def prepare_access(lab: LabDir, record: Record) -> ApiAccess:
     _secret(lab.kubeconfig, server.kubeconfig(here, f"podwire-{lab.name}"))
     _secret(node_kubeconfig(lab), server.kubeconfig(f"https://{addresses[0]}:{API_PORT}"))
     return ApiAccess(server, (*inner, outer))
+
+
+def dns_objects(dual_stack: bool) -> list[Json]:
+    """The cluster's DNS: the Service at its usual address, and a pod behind it."""
+    labels = {"k8s-app": "kube-dns"}
+    meta = {"namespace": "kube-system", "labels": labels}
+    ports = [("dns", "UDP"), ("dns-tcp", "TCP")]
+    addresses = [DNS_ADDRESS[family] for family in topology.families(dual_stack)]
+    container = {
+        "name": "dns",
+        "image": DNS_IMAGE,
+        "ports": [{"name": n, "containerPort": 53, "protocol": p} for n, p in ports],
+    }
+    service = {
+        "clusterIP": addresses[0],
+        "clusterIPs": addresses,
+        "ipFamilyPolicy": "RequireDualStack" if dual_stack else "SingleStack",
+        "selector": labels,
+        "ports": [{"name": n, "port": 53, "protocol": p, "targetPort": 53} for n, p in ports],
+    }
+    deployment = {
+        "replicas": 1,
+        "selector": {"matchLabels": labels},
+        "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
+    }
+    return [
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "kube-dns", **meta},
+         "spec": service},
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "coredns", **meta},
+         "spec": deployment},
+    ]  # fmt: skip
 
 
 def _family(address: str) -> int:

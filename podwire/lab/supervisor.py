@@ -305,25 +305,6 @@ def _woken(_number: int, _frame: FrameType | None) -> None:
     """The wakeup descriptor has told the loop."""
 
 
-def command(lab: LabDir, request: Json) -> Json:
-    """Ask a lab's supervisor. Raises PodwireError with its answer, or when it is gone."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(30)
-        try:
-            sock.connect(str(lab.supervisor_socket))
-            sock.sendall(json.dumps(request).encode() + b"\n")
-            with sock.makefile() as stream:
-                answer: Json = json.loads(stream.readline() or "{}")
-        except OSError as error:
-            raise PodwireError(
-                f"lab {lab.name} has no supervisor any more ({error.strerror or error}): "
-                f"`podwire lab down --name {lab.name}` takes the rest away"
-            ) from None
-    if "error" in answer:
-        raise PodwireError(str(answer["error"]))
-    return answer
-
-
 def start(lab: LabDir, record: Record, node_names: list[str]) -> None:
     """Start a supervisor in the background; returns when every process runs.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from podwire.agent.logs import event
@@ -13,8 +13,8 @@ from podwire.kube import kubeconfig, objects
 from podwire.kube.client import Client
 from podwire.kube.objects import Json
 from podwire.kube.reflector import Reflector
-from podwire.kube.store import Change, Store
-from podwire.lab.runtime.objects import Pod, Service
+from podwire.kube.store import ChangeSet, Kind, Store
+from podwire.lab.runtime.objects import Pod
 from podwire.lab.state import LabDir
 
 log = logging.getLogger("podwire.lab.runtime")
@@ -94,22 +94,14 @@ class Api:
             if error.status not in (404, 409):
                 raise
 
-    async def watch(
-        self,
-        service_changed: Callable[[Change[Service]], None],
-        pod_changed: Callable[[Change[Pod]], None],
-    ) -> None:
-        """Tell every change, Services first, for ever."""
-        store = Store()
-        reflector = Reflector(self._client, (Service, Pod), store)
+    async def watch(self, store: Store, kinds: Sequence[Kind]) -> AsyncIterator[ChangeSet]:
+        """What changed, whenever something did, once everything is known; for ever."""
+        reflector = Reflector(self._client, kinds, store)
         following = asyncio.create_task(reflector.run())
         await reflector.wait_synced()
         while not following.done():
-            changes = store.take()
-            for service in changes.of(Service).values():
-                service_changed(service)
-            for pod in changes.of(Pod).values():
-                pod_changed(pod)
-            await reflector.changed.wait()
             reflector.changed.clear()
+            if changes := store.take():
+                yield changes
+            await reflector.changed.wait()
         await following

@@ -6,24 +6,30 @@ import asyncio
 import functools
 import logging
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from podwire.agent.control import ControlServer, Query
 from podwire.agent.logs import event
-from podwire.errors import ApiError, ConfigError, PodwireError
-from podwire.kube.store import Change
+from podwire.errors import ApiError, ConfigError, KernelError, PodwireError
+from podwire.kube.objects import EndpointSlice, Namespace, Service
+from podwire.kube.store import Change, ChangeSet, Store
+from podwire.lab.dns import DnsServer, Zone
+from podwire.lab.runtime import balancer
 from podwire.lab.runtime.api import Api
+from podwire.lab.runtime.balancer import Balancer
 from podwire.lab.runtime.nodes import NodeHost, Watcher
-from podwire.lab.runtime.objects import Pod, Service
+from podwire.lab.runtime.objects import Pod, TargetService
 from podwire.lab.runtime.pods import PodWorker, now_text
 from podwire.lab.runtime.status import node_object, node_ready, pod_status
 from podwire.lab.state import LabDir, Node
 
 log = logging.getLogger("podwire.lab.runtime")
 
+KINDS = (Namespace, Service, EndpointSlice, TargetService, Pod)
 REPORTERS = 16  # status updates under way at once
 NOT_READY_RETRY_S = 0.5
 
@@ -36,7 +42,10 @@ class Runtime:
         self._api = Api(lab)
         self._nodes: dict[str, NodeHost] = {}
         self._workers: dict[str, PodWorker] = {}  # by uid
-        self._services: dict[str, dict[str, Service]] = {}  # by namespace, name
+        self._services: dict[str, dict[str, TargetService]] = {}  # by namespace, name
+        self._store = Store()
+        self._zone = Zone()
+        self._balancer = Balancer(lab)
         self._dirty: dict[str, PodWorker] = {}
         self._reports = asyncio.Semaphore(0)
         self._visitor = ThreadPoolExecutor(1, "sandbox")  # visits pod namespaces, makes new ones
@@ -55,7 +64,8 @@ class Runtime:
             await self._read_nodes()
             for _ in range(REPORTERS):
                 self._spawn(self._report_loop())
-            await self._api.watch(self._service_changed, self._pod_changed)
+            async for changes in self._api.watch(self._store, KINDS):
+                self._take(changes)
 
     def _spawn(self, work: Any) -> None:
         """Run in the background; what fails is logged."""
@@ -90,6 +100,7 @@ class Runtime:
                 for worker in self._workers.values():
                     if worker.node is known:
                         worker.node_changed()
+        self._balance()
 
     async def _register(self, node: Node) -> None:
         await self._api.register(node_object(node.name, node.addresses, node.pod_cidrs))
@@ -123,7 +134,26 @@ class Runtime:
 
     # --- what the API says ------------------------------------------------------------------------
 
-    def _service_changed(self, change: Change[Service]) -> None:
+    def _take(self, changes: ChangeSet) -> None:
+        """Everybody's share of what changed; Services before pods, which listen for them."""
+        self._zone.update(changes)
+        if changes.of(Service) or changes.of(EndpointSlice):
+            self._balance()
+        for service in changes.of(TargetService).values():
+            self._service_changed(service)
+        for pod in changes.of(Pod).values():
+            self._pod_changed(pod)
+
+    def _balance(self) -> None:
+        """Bring the load balancer's routes up to date."""
+        services, slices = self._store.all(Service), self._store.all(EndpointSlice)
+        nodes = {name: host.node for name, host in self._nodes.items()}
+        try:
+            self._balancer.apply(balancer.wanted(services.values(), slices.values(), nodes))
+        except KernelError as error:
+            event(log, logging.ERROR, "load balancer routes not changed", error=error)
+
+    def _service_changed(self, change: Change[TargetService]) -> None:
         service = change.new
         if service is None:
             assert change.old is not None
@@ -159,7 +189,7 @@ class Runtime:
 
     # --- what workers need ------------------------------------------------------------------------
 
-    def services_of(self, namespace: str) -> list[Service]:
+    def services_of(self, namespace: str) -> list[TargetService]:
         return list(self._services.get(namespace, {}).values())
 
     def report(self, worker: PodWorker) -> None:
@@ -183,6 +213,9 @@ class Runtime:
                 event(log, logging.WARNING, "status not taken", pod=worker, error=error)
                 await asyncio.sleep(1)
                 self.report(worker)
+
+    def dns_server(self, udp: Sequence[socket.socket], tcp: Sequence[socket.socket]) -> DnsServer:
+        return DnsServer(self._zone, udp, tcp)
 
     async def remove(self, pod: Pod) -> None:
         """The pod has ended: take its object away."""

@@ -6,6 +6,8 @@ from podwire.kube import objects
 from podwire.kube.objects import Object, Resource
 from podwire.kube.resources import ENDPOINTS
 
+DNS_IMAGE = "podwire.dev/lab-dns"
+
 
 class HTTPGet(Object, frozen=True, kw_only=True):
     path: str = "/"
@@ -88,6 +90,11 @@ class Pod(Resource, frozen=True, kw_only=True):
         return [*sidecars, *self.spec.containers]
 
     @property
+    def serves_dns(self) -> bool:
+        """Whether it runs the cluster's DNS server instead of the echo server on port 53."""
+        return any(container.image == DNS_IMAGE for container in self.spec.containers)
+
+    @property
     def finished(self) -> bool:
         return self.status.phase in ("Succeeded", "Failed")
 
@@ -118,7 +125,9 @@ class ServiceSpec(Object, frozen=True, kw_only=True):
     selector: dict[str, str] | None = None
 
 
-class Service(Resource, frozen=True, kw_only=True):
+class TargetService(Resource, frozen=True, kw_only=True):
+    """A Service as the pods behind it see it."""
+
     spec: ServiceSpec = ServiceSpec()
 
     def selects(self, pod: Pod) -> bool:
@@ -131,7 +140,7 @@ class Service(Resource, frozen=True, kw_only=True):
         )
 
 
-def served_ports(pod: Pod, services: list[Service]) -> set[tuple[str, int]]:
+def served_ports(pod: Pod, services: list[TargetService]) -> set[tuple[str, int]]:
     """What the echo server of a pod listens on: ``(protocol, port)``.
 
     Containers listen on more than they declare (containerPort is informational), so the numeric
@@ -153,4 +162,4 @@ def served_ports(pod: Pod, services: list[Service]) -> set[tuple[str, int]]:
 
 
 ENDPOINTS[Pod] = ENDPOINTS[objects.Pod]
-ENDPOINTS[Service] = ENDPOINTS[objects.Service]
+ENDPOINTS[TargetService] = ENDPOINTS[objects.Service]

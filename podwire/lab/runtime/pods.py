@@ -7,23 +7,26 @@ import contextlib
 import functools
 import logging
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from podwire.agent.logs import event
 from podwire.errors import PodwireError
 from podwire.kernel import netns
 from podwire.lab import echo
+from podwire.lab.dns import DnsServer
 from podwire.lab.runtime import cni, probes, sandbox
 from podwire.lab.runtime.nodes import NodeHost
-from podwire.lab.runtime.objects import Pod, Service, served_ports
+from podwire.lab.runtime.objects import Pod, TargetService, served_ports
 from podwire.lab.runtime.status import PodState
 from podwire.lab.state import LabDir
 
 log = logging.getLogger("podwire.lab.runtime")
 
 HEALTHY_ANNOTATION = "lab.podwire.dev/healthy"  # "false": /healthz and so the probes answer 503
+DNS_PORT = 53
 LINGER_S = 0.5  # a deleted pod serves on while Services and routes forget it
 JOB_S = 1.0  # how long the containers of a Job's pod take
 RETRY_FIRST_S, RETRY_MOST_S = 0.05, 5.0
@@ -38,8 +41,11 @@ class Host(Protocol):
 
     lab: LabDir
 
-    def services_of(self, namespace: str) -> list[Service]: ...
+    def services_of(self, namespace: str) -> list[TargetService]: ...
     def report(self, worker: PodWorker) -> None: ...
+    def dns_server(
+        self, udp: Sequence[socket.socket], tcp: Sequence[socket.socket]
+    ) -> DnsServer: ...
     async def remove(self, pod: Pod) -> None: ...
     async def visit(self, call: Callable[[], Any]) -> Any: ...
 
@@ -55,6 +61,7 @@ class PodWorker:
         self.identity = echo.Identity(pod.metadata.namespace, pod.metadata.name, node.name)
         self._host = host
         self._servers = echo.Servers(self.identity)
+        self._dns: DnsServer | None = None
         self._ports: set[tuple[str, int]] = set()
         self._netns_fd: int | None = None
         self._network: cni.NetworkList | None = None  # with which ADD was called
@@ -200,8 +207,15 @@ class PodWorker:
     async def _serve(self, ports: set[tuple[str, int]]) -> None:
         fd = self._netns_fd
         assert fd is not None
+        dns: dict[str, list[socket.socket]] = {"UDP": [], "TCP": []}
         for protocol, sock in sandbox.listen(fd, ports):
-            await self._servers.serve(protocol, sock)
+            if self.pod.serves_dns and sock.getsockname()[1] == DNS_PORT:
+                dns[protocol].append(sock)
+            else:
+                await self._servers.serve(protocol, sock)
+        if self.pod.serves_dns and self._dns is None:
+            self._dns = self._host.dns_server(dns["UDP"], dns["TCP"])
+            await self._dns.start()
 
     def _start_probes(self) -> None:
         for container in self.pod.containers:
@@ -238,6 +252,8 @@ class PodWorker:
         for task in self._probes:
             task.cancel()
         self._servers.close()
+        if self._dns is not None:
+            await self._dns.stop()
         if self._adding is not None:
             await asyncio.wait({self._adding})
         if self._network is not None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from podwire.lab import files
-from podwire.lab.runtime.objects import Pod, Service, served_ports
+from podwire.lab.runtime.objects import Pod, TargetService, served_ports
 from podwire.lab.runtime.status import PodState, pod_status
 
 
@@ -16,10 +16,10 @@ def pod(**spec: object) -> Pod:
     return msgspec.convert({"metadata": meta, "spec": spec}, Pod)
 
 
-def service(namespace: str = "shop", selector: object = None, **port: object) -> Service:
+def service(namespace: str = "shop", selector: object = None, **port: object) -> TargetService:
     spec = {"selector": selector or {"app": "web"}, "ports": [{"port": 80, **port}]}
     meta = {"name": "s", "namespace": namespace}
-    return msgspec.convert({"metadata": meta, "spec": spec}, Service)
+    return msgspec.convert({"metadata": meta, "spec": spec}, TargetService)
 
 
 def test_declared_ports_service_targets_and_probe_ports_are_served() -> None:
