@@ -8,6 +8,7 @@ from typing import Any
 
 from podwire.agent import node as own_node
 from podwire.agent import services_api
+from podwire.agent.admission import Admission
 from podwire.agent.control import ControlServer
 from podwire.agent.loop import Loop
 from podwire.agent.options import Options
@@ -19,14 +20,26 @@ from podwire.datapath import Part, Requirement
 from podwire.datapath.nftables.nodes import NodesPart
 from podwire.datapath.nftables.services import ServicesPart
 from podwire.errors import Unsupported
-from podwire.kube.objects import EndpointSlice, Node, Service, ServiceCIDR
+from podwire.kube.objects import (
+    ClusterNetworkPolicy,
+    EndpointSlice,
+    Namespace,
+    NetworkPolicy,
+    Node,
+    Pod,
+    Service,
+    ServiceCIDR,
+)
 from podwire.kube.store import Kind, Store
 from podwire.net import parse_prefix
 from podwire.nodes import RouteCompiler
+from podwire.policy import PolicyCompiler, PolicyTable
 from podwire.services import ProxyConfig, ServiceCompiler
 from podwire.wiring.routes import NodeRoutes
 
 BRIDGE = "cni0"
+SERVICE_KINDS: tuple[Kind, ...] = (Node, Service, EndpointSlice, ServiceCIDR)
+POLICY_KINDS: tuple[Kind, ...] = (Node, Namespace, Pod, NetworkPolicy, ClusterNetworkPolicy)
 
 FORWARDING = (
     Requirement("net.ipv4.ip_forward", "1", "the node routes for its pods"),
@@ -68,9 +81,11 @@ class Built:
 
 def kinds(options: Options) -> tuple[Kind, ...]:
     """The kinds that the parts read."""
-    found: list[Kind] = [Node]
+    found: dict[Kind, None] = {Node: None}
     if "services" in options.parts:
-        found += [Service, EndpointSlice, ServiceCIDR]
+        found |= dict.fromkeys(SERVICE_KINDS)
+    if "policy" in options.parts:
+        found |= dict.fromkeys(POLICY_KINDS)
     return tuple(found)
 
 
@@ -92,8 +107,9 @@ def build(options: Options, node: Node) -> Built:
         _add_nodes(built, options)
     if "services" in options.parts:
         _add_services(built, options, node)
+    policy = _add_policy(built, options) if "policy" in options.parts else None
     if "cni" in options.parts:
-        _add_cni(built, options, node)
+        _add_cni(built, options, node, policy)
     return built
 
 
@@ -110,13 +126,13 @@ def _add_nodes(built: Built, options: Options) -> None:
         no_masquerade=[parse_prefix(text) for text in options.non_masquerade_cidrs],
     )
     routes = NodeRoutes()
-    sync = Sync("routes", compiler.update, routes)
+    sync = Sync("routes", (Node,), compiler.update, routes)
     built.syncs.append(sync)
     built.watchers.append(
         lambda loop: Watcher("routes", routes.concerns, lambda: loop.verify(sync))
     )
     if options.masquerade:
-        built.syncs.append(Sync("masquerade", compiler.update, NodesPart()))
+        built.syncs.append(Sync("masquerade", (Node,), compiler.update, NodesPart()))
     built.requirements += FORWARDING
 
 
@@ -124,7 +140,7 @@ def _add_services(built: Built, options: Options, node: Node) -> None:
     config = own_node.proxy_config(options, node)
     compiler = ServiceCompiler(own_node.facts(node), config)
     path = ServicesPart(config)
-    built.syncs.append(Sync("services", compiler.update, path))
+    built.syncs.append(Sync("services", SERVICE_KINDS, compiler.update, path))
     built.requirements += path.requirements
 
     def serve(control: ControlServer, store: Store, _: Loop) -> None:
@@ -138,7 +154,19 @@ def _add_services(built: Built, options: Options, node: Node) -> None:
     built.serving.append(serve)
 
 
-def _add_cni(built: Built, options: Options, node: Node) -> None:
+def _add_policy(built: Built, options: Options) -> tuple[PolicyCompiler, Sync[PolicyTable]]:
+    compiler = PolicyCompiler(options.node_name)
+    sync: Sync[PolicyTable] = Sync("policy", POLICY_KINDS, compiler.update, None)
+    built.syncs.append(sync)
+    return compiler, sync
+
+
+def _add_cni(
+    built: Built,
+    options: Options,
+    node: Node,
+    policy: tuple[PolicyCompiler, Sync[PolicyTable]] | None,
+) -> None:
     routes = next((s.path for s in built.syncs if isinstance(s.path, NodeRoutes)), None)
 
     def config() -> NodeConfig:
@@ -152,7 +180,8 @@ def _add_cni(built: Built, options: Options, node: Node) -> None:
         )
 
     def make(loop: Loop, store: Store, synced: Callable[[], bool]) -> Pods:
-        return Pods(options, config, None)
+        gate = Admission(loop, store, synced, *policy) if policy is not None else None
+        return Pods(options, config, gate)
 
     built.cni = make
     if options.wiring == "bridge":

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, TypeVar
 
 from podwire.agent.logs import event
 from podwire.datapath import Part
 from podwire.errors import PodwireError
-from podwire.kube.store import ChangeSet
+from podwire.kube.store import ChangeSet, Kind
 
 log = logging.getLogger("podwire.agent.sync")
 
@@ -28,9 +28,14 @@ class Sync(Generic[TableT]):
     """Keeps the kernel at the newest table of one kind."""
 
     def __init__(
-        self, name: str, compile: Callable[[ChangeSet], TableT], path: Part[TableT] | None
+        self,
+        name: str,
+        kinds: Collection[Kind],
+        compile: Callable[[ChangeSet], TableT],
+        path: Part[TableT] | None,
     ) -> None:
         self.name = name
+        self.kinds = frozenset(kinds)
         self.path = path
         self.table: TableT | None = None
         self.revision = 0  # syncs applied
@@ -44,7 +49,13 @@ class Sync(Generic[TableT]):
         self.waiting_deletes = False
 
     def run(self, changes: ChangeSet) -> bool:
-        """Compile and apply; True when the kernel holds the new table afterwards."""
+        """Compile and apply; True when the kernel holds the new table afterwards.
+
+        Changes of other kinds are none of this part's; an empty change set is: somebody told the
+        compiler something else.
+        """
+        if changes and self.kinds.isdisjoint(changes):
+            return self.retry_at is None
         began = time.perf_counter()
         table = self._compile(changes)
         if table is self.table and self.retry_at is None:

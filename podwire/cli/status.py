@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from podwire.agent.control import ask
 from podwire.cli import agents
@@ -50,7 +50,7 @@ def _print(answer: dict[str, Any]) -> None:
     print(f"  {answer['summary']}")
     rows = [
         [name, str(part["revision"]), f"{part['last_sync_ms']:.1f} ms", str(part["failures"]),
-         ", ".join(f"{k} {v}" for k, v in part["kernel"].items() if isinstance(v, int | str))]
+         ", ".join(_counts(part["kernel"]))]
         for name, part in answer["parts"].items()
     ]  # fmt: skip
     _indent(table(["PART", "SYNCS", "LAST", "FAILED", "IN THE KERNEL"], rows))
@@ -68,6 +68,14 @@ def _print(answer: dict[str, Any]) -> None:
                       [[r["sysctl"], r["wanted"], str(r["value"]), str(r["restored"]), r["why"]]
                        for r in drifted]))  # fmt: skip
     print()
+
+
+def _counts(kernel: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    for name, value in kernel.items():
+        if isinstance(value, dict):
+            yield from _counts(cast("dict[str, Any]", value), f"{name} ")
+        elif isinstance(value, str) or value:
+            yield f"{prefix}{name} {value}"
 
 
 def _indent(lines: Iterable[str]) -> None:

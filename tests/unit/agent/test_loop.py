@@ -54,7 +54,7 @@ def node(name: str) -> Node:
 
 def make(path: Path, verify_period_s: float = 60) -> tuple[Store, Sync[frozenset[str]], Loop]:
     store = Store()
-    sync = Sync("nodes", Names().update, path)
+    sync = Sync("nodes", (Node,), Names().update, path)
     loop = Loop(store, [sync], verify_period_s=verify_period_s,
                 before=lambda changes: None, after=lambda changes, began: None)  # fmt: skip
     return store, sync, loop
