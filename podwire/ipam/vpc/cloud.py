@@ -133,6 +133,7 @@ class MetaEni:
     address: Address
     cidrs: frozenset[Prefix]
     subnet_id: str = ""
+    subnet: Prefix | None = None
     card_index: int = 0
 
 

@@ -24,16 +24,22 @@ OwnerT = TypeVar("OwnerT")
 
 @dataclass
 class Eni:
-    """An attached ENI. `touched` is when it last changed by us: older answers say nothing."""
+    """An attached ENI. `touched` is the turn of our last change: older answers say nothing."""
 
     record: CloudEni
     added: float
-    touched: float
+    touched: int
     cidrs: dict[Prefix, None] = field(default_factory=dict[Prefix, None])  # in order of arrival
     unseen: set[Prefix] = field(default_factory=set[Prefix])  # missing in the last answer
     gone_once: bool = False
     usable: bool = True  # False: not set up, on its way out, or not for pods
     fault: str = ""  # why it is not usable
+    tie_after: float = 0.0  # not before that is it tied to the instance's life again
+
+    @property
+    def trusted(self) -> bool:
+        """Pods may get addresses of it: it is set up and the last answer of EC2 showed it."""
+        return self.usable and not self.gone_once
 
     @property
     def order(self) -> tuple[int, int]:
@@ -64,6 +70,7 @@ class DataStore(Generic[OwnerT]):
         self.enis: dict[str, Eni] = {}
         self.owners: dict[Address, Assignment[OwnerT]] = {}
         self.cooling: dict[Address, float] = {}  # until when
+        self.turn = 0  # counts our own changes: tells answers from before them from later ones
         self._assignments: dict[OwnerT, Assignment[OwnerT]] = {}
         self._homes: dict[Prefix, str] = {}
         self._clock, self._cooldown_s = clock, cooldown_s
@@ -122,7 +129,7 @@ class DataStore(Generic[OwnerT]):
         """Free ones in the order of choice: primary ENI first, prefixes in use before idle ones,
         so that whole ENIs and whole prefixes stay free to go."""
         for eni in sorted(self.enis.values(), key=lambda eni: eni.order):
-            if not eni.usable:
+            if not eni.trusted:
                 continue
             cidrs = [cidr for cidr in eni.cidrs if cidr not in eni.unseen]
             cidrs.sort(key=lambda cidr: cidr.length < cidr.bits and not self._used(cidr))
@@ -134,9 +141,8 @@ class DataStore(Generic[OwnerT]):
     # -- ENIs -------------------------------------------------------------------------------
 
     def add_eni(self, record: CloudEni, *, usable: bool, fault: str = "") -> Eni:
-        now = self._clock()
         bare = replace(record, cidrs=frozenset())
-        eni = Eni(bare, added=now, touched=now, usable=usable, fault=fault)
+        eni = Eni(bare, added=self._clock(), touched=self.turn, usable=usable, fault=fault)
         self.enis[record.id] = eni
         self.add_cidrs(record.id, record.cidrs)
         return eni
@@ -148,7 +154,7 @@ class DataStore(Generic[OwnerT]):
 
     def add_cidrs(self, eni_id: str, cidrs: Iterable[Prefix]) -> None:
         eni = self.enis[eni_id]
-        eni.touched = self._clock()
+        self.touch(eni_id)
         for cidr in sorted(cidrs):
             eni.cidrs[cidr] = None
             eni.unseen.discard(cidr)
@@ -156,7 +162,7 @@ class DataStore(Generic[OwnerT]):
 
     def remove_cidrs(self, eni_id: str, cidrs: Iterable[Prefix]) -> None:
         eni = self.enis[eni_id]
-        eni.touched = self._clock()
+        self.touch(eni_id)
         for cidr in cidrs:
             eni.cidrs.pop(cidr, None)
             eni.unseen.discard(cidr)
@@ -165,7 +171,8 @@ class DataStore(Generic[OwnerT]):
     def touch(self, eni_id: str) -> None:
         """Answers that were asked for before now say nothing about this ENI any more."""
         if eni := self.enis.get(eni_id):
-            eni.touched = self._clock()
+            self.turn += 1
+            eni.touched = self.turn
 
     def eni_of(self, address: Address) -> Eni | None:
         """The ENI an address belongs to; None when no known one has it."""
@@ -181,8 +188,8 @@ class DataStore(Generic[OwnerT]):
         """What of an ENI nobody has and nothing of which rests, newest first."""
         return [cidr for cidr in reversed(self.enis[eni_id].cidrs) if not self._used(cidr)]
 
-    def observe(self, records: Iterable[CloudEni], asked_at: float) -> Changes:
-        """Make the books follow what EC2 says, as asked for at `asked_at`.
+    def observe(self, records: Iterable[CloudEni], asked_at: int) -> Changes:
+        """Make the books follow what EC2 says, as asked for at turn `asked_at`.
 
         What is new counts at once. What is missing is not handed out any more, and leaves the
         books only when a second answer misses it too; pods keep addresses that are gone.
@@ -193,11 +200,11 @@ class DataStore(Generic[OwnerT]):
             eni = self.enis.get(id)
             if eni is None:
                 changes.new.append(record)
-            elif eni.touched < asked_at:
+            elif eni.touched <= asked_at:
                 eni.gone_once = False
                 self._observe_cidrs(eni, record, changes)
         for id, eni in list(self.enis.items()):
-            if id in seen or eni.touched >= asked_at:
+            if id in seen or eni.touched > asked_at:
                 continue
             if eni.gone_once:
                 changes.lost.append(eni.record)
@@ -249,7 +256,7 @@ class DataStore(Generic[OwnerT]):
         usage = [self._usage(cidr) for cidr in eni.cidrs]
         return EniView(
             id=eni.record.id,
-            free_slots=max(slots - len(eni.cidrs), 0) if eni.usable else 0,
+            free_slots=max(slots - len(eni.cidrs), 0) if eni.trusted else 0,
             total=sum(1 if cidr.length == 32 else PREFIX_ADDRESSES for cidr in eni.cidrs),
             assigned=sum(used for used, _ in usage),
             cooling=sum(resting for _, resting in usage),

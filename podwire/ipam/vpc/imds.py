@@ -90,7 +90,7 @@ class Imds:
         base = f"{MACS}{mac}/"
         names = (
             *("interface-id", "device-number", "local-ipv4s", "ipv4-prefix", "ipv6-prefix"),
-            *("subnet-id", "network-card"),
+            *("subnet-id", "subnet-ipv4-cidr-block", "network-card"),
         )
         texts = await asyncio.gather(*(self.get(base + name) for name in names))
         facts = {name: text or "" for name, text in zip(names, texts, strict=True)}
@@ -98,6 +98,7 @@ class Imds:
         if not (facts["interface-id"] and facts["device-number"] and addresses):
             return None
         cidrs: set[Prefix] = set()
+        subnet = facts["subnet-ipv4-cidr-block"]
         try:
             for text in (
                 *addresses[1:],
@@ -112,6 +113,7 @@ class Imds:
                 address=parse_address(addresses[0]),
                 cidrs=frozenset(cidrs),
                 subnet_id=facts["subnet-id"],
+                subnet=parse_prefix(subnet) if subnet else None,
                 card_index=int(facts["network-card"] or 0),
             )
         except (InvalidObject, ValueError) as error:

@@ -39,18 +39,22 @@ class Cloud:
         self._metadata: dict[str, Metadata] = {}
 
     async def invoke(self, operation: str, parameters: Parameters) -> Answer:
-        """One request as EC2 would treat it. Raises Ec2Error or AnswerLost."""
+        """One request as EC2 would treat it. Raises Ec2Error or AnswerLost.
+
+        Half of the delay is before the deed, half before the answer: by then it may be out of date.
+        """
         outcome = self.faults.outcome(operation)
-        if outcome.delay_s:
-            await asyncio.sleep(outcome.delay_s)
+        await asyncio.sleep(outcome.delay_s / 2)
         try:
             if outcome.error is not None:
                 raise outcome.error
             answer = self.operations.call(operation, parameters)
         except Ec2Error as error:
             self.calls.append(Call(self.model.clock(), operation, error.code))
+            await asyncio.sleep(outcome.delay_s / 2)
             raise
         self.calls.append(Call(self.model.clock(), operation))
+        await asyncio.sleep(outcome.delay_s / 2)
         if outcome.lose_answer:
             raise AnswerLost(f"{operation}: the connection broke")
         return answer
