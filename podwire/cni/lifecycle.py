@@ -184,8 +184,7 @@ class Lifecycle:
             steps.append(_Step(self._take_addresses, self._give_back_addresses))
         if plan.draft.wiring:
             steps.append(_Step(self._attach, self._detach))
-            if self._with.guard:
-                steps.append(_Step(self._bind, self._unbind))
+            steps.append(_Step(self._bind, self._unbind))
         if plan.draft.masquerade:
             steps.append(_Step(self._masquerade, self._end_masquerade))
         if parts.ports:
@@ -239,14 +238,13 @@ class Lifecycle:
         wiring.purge([work.attachment.host_ifname])
 
     def _bind(self, work: _Work) -> None:
-        assert self._with.guard is not None
         made = work.attachment
-        addresses = [each.address for each in made.addresses]
-        self._with.guard.bind(made.host_ifname, made.mac, addresses)
+        if self._with.guard and _guarded(made):
+            self._with.guard.bind(made.host_ifname, *_binding(made))
 
     def _unbind(self, work: _Work) -> None:
-        assert self._with.guard is not None
-        self._with.guard.unbind(work.attachment.host_ifname)
+        if self._with.guard:
+            self._with.guard.unbind(work.attachment.host_ifname)
 
     def _masquerade(self, work: _Work) -> None:
         self._with.masquerade.add(work.attachment.addresses)
@@ -453,13 +451,7 @@ class Lifecycle:
         self._with.host_ports.reconcile([k.host_ports for k in kept if k.host_ports])
         self._with.masquerade.reconcile([a for k in kept if k.masquerade for a in k.addresses])
         if self._with.guard:
-            self._with.guard.restore(
-                {
-                    known.host_ifname: (known.mac, [each.address for each in known.addresses])
-                    for known in kept
-                    if known.host_ifname
-                }
-            )
+            self._with.guard.restore({k.host_ifname: _binding(k) for k in kept if _guarded(k)})
 
     # --- namespaces -------------------------------------------------------------------------------
 
@@ -488,6 +480,15 @@ def _restore(known: Attachment, netns_fd: int) -> None:
         if link.find(pod, known.key.ifname) is None:
             return
     tuning.change(known.saved, known.key.ifname, netns_fd)
+
+
+def _guarded(made: Attachment) -> bool:
+    """Whether a pod's port is watched: on a bridge, and something is known to check."""
+    return made.bridge is not None and bool(made.addresses or made.bridge.check_mac)
+
+
+def _binding(made: Attachment) -> tuple[bytes, list[Address]]:
+    return made.mac, [each.address for each in made.addresses]
 
 
 def _inode_here() -> int:

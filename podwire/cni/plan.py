@@ -150,28 +150,34 @@ def _bridge(conf: NetConf, node: NodeConfig) -> Bridge:
         hairpin=hairpin and not promiscuous,
         promiscuous=promiscuous,
         isolated=bool(conf.port_isolation),
+        check_mac=bool(conf.macspoofchk),
         vlan=vlan,
-        trunk=tuple(_trunk(each) for each in conf.vlan_trunk or ()),
+        trunk=tuple(part for each in conf.vlan_trunk or () for part in _trunk(each)),
         keep_default_vlan=conf.preserve_default_vlan is not False,
         leave_down=bool(conf.disable_container_interface),
     )
 
 
-def _trunk(trunk: VlanTrunk) -> Trunk:
-    if trunk.id is not None and trunk.minID is None and trunk.maxID is None:
-        first = last = trunk.id
-    elif trunk.minID is not None and trunk.maxID is not None:
-        first, last = trunk.minID, trunk.maxID
-    else:
+def _trunk(trunk: VlanTrunk) -> list[Trunk]:
+    """An id, a range, or both."""
+    found: list[Trunk] = []
+    if trunk.id is not None:
+        found.append(Trunk(trunk.id, trunk.id))
+    if trunk.minID is not None and trunk.maxID is not None:
+        found.append(Trunk(trunk.minID, trunk.maxID))
+    elif trunk.minID is not None or trunk.maxID is not None:
+        raise CniError(INVALID_CONFIG, "minID and maxID of a vlanTrunk must be given together")
+    if not found:
         raise CniError(INVALID_CONFIG, "a vlanTrunk has either id, or minID and maxID")
-    for vlan in (first, last):
-        if not 1 <= vlan <= 4094:
-            message = f"invalid VLAN trunk ID {vlan} (must be between 1 and 4094)"
+    for each in found:
+        for vlan in each:
+            if not 1 <= vlan <= 4094:
+                message = f"invalid VLAN trunk ID {vlan} (must be between 1 and 4094)"
+                raise CniError(INVALID_CONFIG, message)
+        if each.first > each.last:
+            message = f"invalid VLAN trunk: minID {each.first} is greater than maxID {each.last}"
             raise CniError(INVALID_CONFIG, message)
-    if first > last:
-        message = f"invalid VLAN trunk: minID {first} is greater than maxID {last}"
-        raise CniError(INVALID_CONFIG, message)
-    return Trunk(first, last)
+    return found
 
 
 def _requested_mac(conf: NetConf, call: Call) -> bytes:

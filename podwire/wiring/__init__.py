@@ -81,6 +81,8 @@ class Bridge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     hairpin: bool = False
     promiscuous: bool = False
     isolated: bool = False
+    check_mac: bool = False
+    """Frames with another source MAC are dropped also when no address is known to check."""
     vlan: int = 0
     trunk: tuple[Trunk, ...] = ()
     keep_default_vlan: bool = True

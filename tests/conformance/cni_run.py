@@ -35,7 +35,7 @@ class Run:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.node = Node()
+        self.node = Node(guarded=True)
         self.host = self.node.namespace
         self.pods: dict[str, Namespace] = {}
         self._outside: Namespace | None = None

@@ -154,9 +154,11 @@ def test_an_ipv4_pod_has_no_ipv6(lan: Lan) -> None:
     assert not lan.passes(HONEST["IPv6 link-local"])
 
 
-def test_a_pod_without_known_addresses_is_free(lan: Lan) -> None:
+def test_of_a_pod_without_known_addresses_the_mac_is_checked(lan: Lan) -> None:
     lan.guard.bind("pod", MAC, [])
     assert lan.passes(SPOOFED["IPv4 address"])
+    assert not lan.passes(SPOOFED["MAC"])
+    assert lan.guard.verify() == []
 
 
 def test_a_new_binding_replaces_the_old(lan: Lan) -> None:

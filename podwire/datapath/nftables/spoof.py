@@ -26,7 +26,8 @@ TABLE = "podwire-spoof"
 _PORTS, _MACS = Set(BRIDGE, TABLE, "ports"), Set(BRIDGE, TABLE, "macs")
 _IPV4, _IPV6 = Set(BRIDGE, TABLE, "ipv4"), Set(BRIDGE, TABLE, "ipv6")
 _TARGETS = Set(BRIDGE, TABLE, "ipv6-targets")
-_SETS = (_PORTS, _MACS, _IPV4, _IPV6, _TARGETS)
+_ANY_ADDRESS = Set(BRIDGE, TABLE, "any-address")
+_SETS = (_PORTS, _MACS, _IPV4, _IPV6, _TARGETS, _ANY_ADDRESS)
 
 # ARP probes (RFC 5227) come from 0.0.0.0, duplicate address detection and MLD reports from ::.
 # nft 1.0.6 has no name for a neighbour advertisement's target, so it is spelled @th,64,128, and a
@@ -35,6 +36,7 @@ _SCRIPT = f"""
 table bridge {TABLE} {{
   set ports {{ type ifname; }}
   set macs {{ type ifname . ether_addr; }}
+  set any-address {{ type ifname . ether_addr; }}
   set ipv4 {{ type ifname . ether_addr . ipv4_addr; }}
   set ipv6 {{ type ifname . ether_addr . ipv6_addr; }}
   set ipv6-targets {{ typeof iifname . ether saddr . @th,64,128; }}
@@ -64,6 +66,7 @@ table bridge {TABLE} {{
   }}
   chain prerouting {{
     iifname != @ports accept
+    iifname . ether saddr @any-address accept
     ether type ip iifname . ether saddr . ip saddr @ipv4 accept
     ether type vmap {{ arp : goto arp-claims, ip6 : goto ipv6-claims }}
     drop
@@ -114,7 +117,7 @@ class SpoofGuard:
         """From now on the port sends from these only; an earlier binding is replaced.
 
         The link-local address made from the MAC (EUI-64) is allowed with IPv6 addresses. Without
-        any address (a link without IPAM) nobody can say what is false, and the port stays free.
+        any address (a link without IPAM) nobody can say which is false: the MAC alone is checked.
         """
         binding = Binding(mac, frozenset(addresses))
         with self._lock:
@@ -190,10 +193,13 @@ class SpoofGuard:
 
 
 def _elements(ifname: str, binding: Binding | None) -> dict[Set, set[Element]]:
-    if binding is None or not binding.addresses:
+    if binding is None:
         return {target: set() for target in _SETS}
     port = ifname.encode().ljust(16, b"\0")
     mac = binding.mac
+    if not binding.addresses:
+        free = {_PORTS: {Element(port)}, _ANY_ADDRESS: {Element(concat(port, mac))}}
+        return {target: free.get(target, set()) for target in _SETS}
     ipv4 = {a for a in binding.addresses if len(a) == 4}
     ipv6 = binding.addresses - ipv4
     if ipv6:
@@ -205,4 +211,5 @@ def _elements(ifname: str, binding: Binding | None) -> dict[Set, set[Element]]:
         _IPV4: {Element(concat(port, mac, a)) for a in ipv4},
         _IPV6: keys6,
         _TARGETS: keys6,
+        _ANY_ADDRESS: set(),
     }
