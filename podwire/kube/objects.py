@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 
-class Object(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+class Object(msgspec.Struct, frozen=True, rename="camel", kw_only=True, gc=False):
     """Base: immutable, camelCase on the wire, unknown fields ignored."""
 
 

@@ -9,7 +9,7 @@ from podwire.kube.objects import Json
 from podwire.lab import tree
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # one object per resource: `is` will do
 class ApiResource:
     """One kind under one group and version.
 

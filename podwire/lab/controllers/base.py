@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeAlias
 
 from podwire.kube.objects import Json
@@ -30,6 +30,7 @@ class Controller(ABC):
     `reconcile` sees a store that nobody else is changing.
     """
 
+    kinds: Collection[str] = ()  # whose events it looks at; none means all
     delay_s = 0.0  # events are gathered this long before the first key is handled
 
     def __init__(self, registry: Registry) -> None:

@@ -44,6 +44,8 @@ class Group(NamedTuple):
 class EndpointSliceController(Controller):
     """Keys are Services. Gathers events shortly: pods come ready in bursts."""
 
+    kinds = ("Service", "Pod", "EndpointSlice", "Node")
+
     delay_s = 0.01
 
     def __init__(self, registry: Registry, owners: OwnerIndex) -> None:

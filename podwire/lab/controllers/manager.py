@@ -55,13 +55,20 @@ class ControllerManager:
             JobController(registry, owners),
             CronJobController(registry, owners),
         ]
+        self._interested: dict[str, list[Controller]] = {}
         for collection in registry.storage.collections():
             for record in collection.records.values():
                 self._observe(Event(collection.resource, "ADDED", record, None))
         registry.storage.observe(self._observe)
 
     def _observe(self, event: Event) -> None:
-        for controller in self._controllers:
+        kind = event.resource.kind
+        interested = self._interested.get(kind)
+        if interested is None:
+            interested = self._interested[kind] = [
+                one for one in self._controllers if not one.kinds or kind in one.kinds
+            ]
+        for controller in interested:
             controller.observe(event)
 
     def start(self) -> None:

@@ -16,6 +16,8 @@ _NODE_BITS = {4: 24, 6: 64}
 class NodeController(Controller):
     """Gives each node one pod CIDR per family, cut from `cluster_cidrs` (/24 and /64)."""
 
+    kinds = ("Node",)
+
     def __init__(self, registry: Registry, cluster_cidrs: Sequence[str]) -> None:
         super().__init__(registry)
         self._nodes = registry.resource("Node")
@@ -60,6 +62,8 @@ class LoadBalancerController(Controller):
 
     A Service with a loadBalancerClass belongs to somebody else.
     """
+
+    kinds = ("Service",)
 
     def __init__(self, registry: Registry, ranges: Sequence[str]) -> None:
         super().__init__(registry)

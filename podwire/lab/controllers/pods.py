@@ -67,6 +67,7 @@ class WorkloadController(Controller):
     def __init__(self, registry: Registry, owners: OwnerIndex) -> None:
         super().__init__(registry)
         self.owners = owners
+        self.kinds = {self.kind, "Pod", *self.owned}
         self.resource: ApiResource = registry.resource(self.kind, self.api_version)
         self.pods: ApiResource = registry.resource("Pod")
 

@@ -30,6 +30,8 @@ _NO_NEW_PODS = ("NoSchedule", "NoExecute")
 class Scheduler(Controller):
     """Keys are pods that wait for a node."""
 
+    kinds = ("Pod", "Node")
+
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
         self._pods = registry.resource("Pod")

@@ -134,6 +134,7 @@ class DaemonSetController(WorkloadController):
 
     def __init__(self, registry: Registry, owners: OwnerIndex) -> None:
         super().__init__(registry, owners)
+        self.kinds = {self.kind, "Pod", "Node"}
         self._nodes = registry.resource("Node")
 
     def wants(self, event: Event) -> Iterable[Key]:
