@@ -14,12 +14,8 @@ SUMMARY = "put the CNI plugin and its configuration in place"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_folders(parser)
-    parser.add_argument(
-        "--run-dir",
-        type=Path,
-        default=Path("/run/podwire"),
-        help="of the agent (default %(default)s)",
-    )
+    default = Path("/run/podwire")
+    parser.add_argument("--run-dir", type=Path, default=default, help=f"the agent's ({default})")
 
 
 def add_folders(parser: argparse.ArgumentParser) -> None:

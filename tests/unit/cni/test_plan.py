@@ -56,15 +56,8 @@ def test_a_name_and_a_type_are_enough():
 
 def test_the_configuration_overrides_the_node():
     ipam = {"ranges": [[{"subnet": "10.9.0.0/24"}]]}
-    made = plan(
-        {
-            "bridge": "br9",
-            "mtu": 1400,
-            "hairpinMode": False,
-            "isDefaultGateway": False,
-            "ipam": ipam,
-        }
-    )
+    flags = {"hairpinMode": False, "isDefaultGateway": False}
+    made = plan({"bridge": "br9", "mtu": 1400, "ipam": ipam, **flags})
     assert made.draft.bridge.name == "br9"
     assert made.draft.mtu == 1400
     assert not made.draft.bridge.hairpin
@@ -77,6 +70,12 @@ def test_an_empty_ipam_is_a_link_without_addresses():
     assert made.demand is None
     assert made.fixed == ()
     assert not made.default_gateway
+
+
+def test_ranges_come_from_somewhere():
+    error = refusal({"ipam": {"type": "podwire-ipam"}}, node=NodeConfig())
+    assert error.code == 7
+    assert "no IP ranges" in error.message
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,8 @@ def test_static_addresses_with_arguments():
         {"vlan": 4095},
         {"vlanTrunk": [{"id": 0}]},
         {"vlanTrunk": [{"minID": 1}]},
-        {"vlanTrunk": [{"id": 1, "minID": 1, "maxID": 2}]},
+        {"vlanTrunk": [{}]},
+        {"vlanTrunk": [{"minID": 5, "maxID": 2}]},
         {"bridge": "name/with/slashes"},
         {"bridge": "x" * 16},
         {"hairpinMode": True, "promiscMode": True},
@@ -160,7 +160,6 @@ def test_static_addresses_with_arguments():
         {"sysctl": {"kernel.hostname": "x"}},
         {"sysctl": {"net.core.somaxconn": "1", "net/core/somaxconn": "2"}},
         {"sysctl": {"net.//..kernel.hostname": "x"}},
-        {"ipam": {"type": "podwire-ipam"}},
         {"ipam": {"ranges": [[{"subnet": "10.9.0.0/31"}]]}},
         {"ipam": {"ranges": [[{"subnet": "10.9.0.0/24", "gateway": "fd00::1"}]]}},
         {"ipam": {"ranges": [[{"subnet": "10.9.0.0/24"}]], "routes": [{"dst": "x"}]}},
