@@ -139,9 +139,6 @@ class ServiceAddresses:
                 return [invalid(where, ips, "provided IP is already allocated")]
         for family in spec["ipFamilies"][len(ips) :]:
             ips.append(format_address(self.ranges[family].free()))
-        if spec["ipFamilyPolicy"] == "SingleStack" and len(had) == 2 and ips == had:
-            del ips[1:]  # a dual-stack Service that becomes single-stack
-            del spec["ipFamilies"][1:]
         return []
 
     def _fill_ports(self, spec: Json, before: Json) -> list[FieldError]:
@@ -215,11 +212,15 @@ class ServiceAddresses:
         return self.ranges.get("IPv6" if len(address) == 16 else "IPv4")
 
 
-def drop_what_the_type_lost(spec: Json, before: Json) -> None:
-    """Fields that an update kept from the old type, and that the new one has no use for, go.
+def drop_what_the_update_lost(spec: Json, before: Json) -> None:
+    """Fields that an update kept, but that its new type or family policy has no use for, go.
 
     What the update set itself stays, to be judged. Source: dropTypeDependentFields.
     """
+    if spec.get("ipFamilyPolicy") == "SingleStack" != before.get("ipFamilyPolicy"):
+        for name in ("clusterIPs", "ipFamilies"):
+            if spec.get(name) == before.get(name):
+                spec[name] = tree.texts(before, name)[:1]
     kind = spec.get("type", "ClusterIP")
     names: list[str] = []
     if kind == "ExternalName":

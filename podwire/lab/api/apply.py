@@ -27,13 +27,14 @@ def apply(current: Json, applied: Json, schema: Schema, manager: str, time: str)
     owned = fields_of(applied, schema)
     entries: list[Json] = current.get("metadata", {}).get("managedFields") or []
     others = [entry for entry in entries if not _is_apply_of(entry, manager)]
-    out = _merged(current, applied, schema)
+    left: Json = current
     for entry in entries:
         if _is_apply_of(entry, manager):
             given_up = _minus(entry.get("fieldsV1") or {}, owned)
             for other in others:
                 given_up = _minus(given_up, other.get("fieldsV1") or {})
-            out = _without(out, given_up, schema)
+            left = _without(left, given_up, schema)
+    out: Json = _merged(left, applied, schema)
     entry = {
         "manager": manager,
         "operation": "Apply",

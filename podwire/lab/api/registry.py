@@ -17,7 +17,7 @@ from podwire.kube.objects import Json
 from podwire.lab import tree
 from podwire.lab.api import patch as patches
 from podwire.lab.api import status as errors
-from podwire.lab.api.addresses import ServiceAddresses, drop_what_the_type_lost
+from podwire.lab.api.addresses import ServiceAddresses, drop_what_the_update_lost
 from podwire.lab.api.apply import apply as apply_fields
 from podwire.lab.api.defaults import DEFAULTS
 from podwire.lab.api.merge_keys import schema_of
@@ -168,7 +168,7 @@ class Registry:
             return
         check_types(resource, obj)
         if resource.kind == "Service" and old:
-            drop_what_the_type_lost(obj["spec"], old["spec"])
+            drop_what_the_update_lost(obj["spec"], old["spec"])
         if fill := DEFAULTS.get(resource.kind):
             fill(obj)
         problems = validate(resource.kind, obj, old)
