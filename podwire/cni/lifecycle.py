@@ -222,6 +222,7 @@ class Lifecycle:
 
     def _attach(self, work: _Work) -> None:
         wiring, draft = self._wiring(work.attachment), work.attachment
+        self._remover.reclaim(wiring.host_ifname(draft))
         try:
             work.attachment = wiring.attach(draft, work.netns_fd)
         except KernelError as error:

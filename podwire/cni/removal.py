@@ -37,6 +37,7 @@ class Remover:
         self._wirings = wirings
         self._guard = guard
         self._waiting: set[tuple[str, str]] = set()
+        self._going: set[tuple[str, str]] = set()
         self._since = 0.0
         self._last_call = 0.0
         self._stopping = False
@@ -66,13 +67,22 @@ class Remover:
         """Remove what waits, now. Raises KernelError."""
         with self._working:
             with self._change:
-                links, self._waiting = self._waiting, set()
+                self._going, self._waiting = self._waiting, set()
             try:
-                self._remove(links)
+                self._remove(self._going)
             except Exception:
                 with self._change:
-                    self._waiting |= links
+                    self._waiting |= self._going
                 raise
+            finally:
+                self._going = set()
+
+    def reclaim(self, host_ifname: str) -> None:
+        """A new link is to have this name: return when no removal of an older one can meet it."""
+        with self._change:
+            pending = any(host_ifname == name for _, name in self._waiting | self._going)
+        if pending:
+            self.flush()
 
     def stop(self) -> None:
         """End the thread; what waits is on disk."""

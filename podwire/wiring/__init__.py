@@ -179,6 +179,10 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Wiring(Protocol):
     """Makes and removes links. Methods may be called from several threads."""
 
+    def host_ifname(self, attachment: Attachment) -> str:
+        """The name that `attach` gives to the host end."""
+        ...
+
     def attach(self, attachment: Attachment, netns_fd: int) -> Attachment:
         """Make the link; return the attachment with the MACs and indexes filled in.
 

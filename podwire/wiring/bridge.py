@@ -48,6 +48,9 @@ class BridgeWiring:
     def close(self) -> None:
         self._host.close()
 
+    def host_ifname(self, attachment: Attachment) -> str:
+        return veth.host_ifname(attachment.key)
+
     def attach(self, attachment: Attachment, netns_fd: int) -> Attachment:
         options = _options(attachment)
         with contextlib.ExitStack() as undo:

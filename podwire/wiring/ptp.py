@@ -34,6 +34,9 @@ class PtpWiring:
     def close(self) -> None:
         self._host.close()
 
+    def host_ifname(self, attachment: Attachment) -> str:
+        return veth.host_ifname(attachment.key)
+
     def attach(self, attachment: Attachment, netns_fd: int) -> Attachment:
         if not all(each.gateway for each in attachment.addresses):
             raise ConfigError("every address of a ptp link needs a gateway", field="ipam")

@@ -104,6 +104,9 @@ class RoutedWiring:
     def close(self) -> None:
         self._host.close()
 
+    def host_ifname(self, attachment: Attachment) -> str:
+        return host_ifname(attachment)
+
     def attach(self, attachment: Attachment, netns_fd: int) -> Attachment:
         attachment = _complete(attachment)
         with contextlib.ExitStack() as undo:
