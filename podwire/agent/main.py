@@ -61,9 +61,10 @@ class Agent:
         self._machine = Machine(())
         self._syncs: list[Sync[Any]] = []
         self._ready = False
+        self._restart = False
 
-    async def run(self) -> None:
-        """Until SIGTERM or SIGINT. Raises PodwireError when it cannot start."""
+    async def run(self) -> int:
+        """Until SIGTERM or SIGINT; the exit status. Raises PodwireError when it cannot start."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         for warning in self.options.warnings:
@@ -92,6 +93,7 @@ class Agent:
                 for task in tasks:
                     task.cancel()
         event(log, logging.INFO, "stopped", node=self.options.node_name)
+        return 1 if self._restart else 0
 
     def _selections(self) -> list[Kind | Selection[Any]]:
         """kube-proxy's: Services of other proxies and headless slices are none of ours."""
@@ -182,6 +184,10 @@ class Agent:
         own = changes.of(Node).get(("", self.options.node_name))
         if own is not None:
             self.health.node_eligible = own_node.eligible(own.new)
+            if parts.must_restart(self.options, own.old, own.new):
+                event(log, logging.WARNING, "the node's podCIDRs changed: starting again")
+                self._restart = True
+                self._stop.set()
         for family in ("IPv4", "IPv6"):
             self.metrics.sync_duration.labels(family).observe(now - began)
             self.metrics.last_sync.labels(family).set(now)
@@ -266,7 +272,7 @@ def run(options: Options) -> int:
     status = 0
     lock = _lock(options.run_dir)
     try:
-        asyncio.run(Agent(options).run())
+        status = asyncio.run(Agent(options).run())
     except* (PodwireError, OSError) as group:
         for error in group.exceptions:
             event(log, logging.ERROR, "cannot go on", error=error)

@@ -30,11 +30,11 @@ from podwire.kube.objects import (
     Service,
     ServiceCIDR,
 )
-from podwire.kube.store import Kind, Store
+from podwire.kube.store import ChangeSet, Kind, Store
 from podwire.net import parse_prefix
 from podwire.nodes import RouteCompiler
 from podwire.policy import PolicyCompiler, PolicyTable
-from podwire.services import ProxyConfig, ServiceCompiler
+from podwire.services import ProxyConfig, ServiceCompiler, ServiceTable
 from podwire.wiring.routes import NodeRoutes
 
 BRIDGE = "cni0"
@@ -100,6 +100,14 @@ def missing(options: Options, node: Node | None) -> str:
     return ""
 
 
+def must_restart(options: Options, old: Node | None, new: Node | None) -> bool:
+    """Whether the rules were built for pod CIDRs that the node no longer has (as kube-proxy)."""
+    if old is None or new is None or "services" not in options.parts:
+        return False
+    by_node_cidr = options.detect_local_mode in ("NodeCIDR", "") and not options.cluster_cidrs
+    return by_node_cidr and own_node.pod_cidrs(old) != own_node.pod_cidrs(new)
+
+
 def build(options: Options, node: Node) -> Built:
     """The rooms for these options. Raises Unsupported, ConfigError."""
     built = Built(_datapath(options))
@@ -140,7 +148,13 @@ def _add_services(built: Built, options: Options, node: Node) -> None:
     config = own_node.proxy_config(options, node)
     compiler = ServiceCompiler(own_node.facts(node), config)
     path = ServicesPart(config)
-    built.syncs.append(Sync("services", SERVICE_KINDS, compiler.update, path))
+
+    def compile(changes: ChangeSet) -> ServiceTable:
+        own = changes.of(Node).get(("", options.node_name))
+        facts = own_node.facts(own.new) if own is not None and own.new is not None else None
+        return compiler.update(changes, facts)
+
+    built.syncs.append(Sync("services", SERVICE_KINDS, compile, path))
     built.requirements += path.requirements
 
     def serve(control: ControlServer, store: Store, _: Loop) -> None:
@@ -169,17 +183,18 @@ def _add_cni(
 ) -> None:
     routes = next((s.path for s in built.syncs if isinstance(s.path, NodeRoutes)), None)
 
-    def config() -> NodeConfig:
-        return NodeConfig(
-            bridge=BRIDGE,
-            pod_cidrs=own_node.pod_cidrs(node),
-            mtu=options.mtu or (routes.pod_mtu() if routes is not None else 0),
-            hairpin=True,
-            default_gateway=True,
-            wiring="bridge" if options.wiring == "bridge" else "routed",
-        )
-
     def make(loop: Loop, store: Store, synced: Callable[[], bool]) -> Pods:
+        def config() -> NodeConfig:
+            own = store.get(Node, ("", options.node_name)) or node
+            return NodeConfig(
+                bridge=BRIDGE,
+                pod_cidrs=own_node.pod_cidrs(own) or own_node.pod_cidrs(node),
+                mtu=options.mtu or (routes.pod_mtu() if routes is not None else 0),
+                hairpin=True,
+                default_gateway=True,
+                wiring="bridge" if options.wiring == "bridge" else "routed",
+            )
+
         gate = Admission(loop, store, synced, *policy) if policy is not None else None
         return Pods(options, config, gate)
 
