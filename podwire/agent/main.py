@@ -72,6 +72,7 @@ class Agent:
         self.options.run_dir.mkdir(parents=True, exist_ok=True)
         self.options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.control.route("/v1/status", lambda _: self.status())
+        self.control.route("/v1/synced", lambda _: self.synced())
         await self.control.start()
         endpoints = Endpoints(self.metrics, self.health, self.configuration)
         config = kubeconfig.load(self.options.kubeconfig or None)
@@ -226,6 +227,22 @@ class Agent:
             for name in Options.__dataclass_fields__
             for value in (getattr(self.options, name),)
             if name != "conntrack"
+        }
+
+    def synced(self) -> dict[str, Any]:
+        """How far the kernel follows the API: the newest version known of each kind, and whether
+        any of it still waits to be programmed.
+        """
+        versions = {
+            kind.__name__: max(
+                (int(o.metadata.resource_version or 0) for o in self.store.all(kind).values()),
+                default=0,
+            )
+            for kind in self.kinds
+        }
+        return {
+            "waiting": not self._ready or self._loop is None or bool(self._loop.queued_since),
+            "versions": versions,
         }
 
     def status(self) -> dict[str, Any]:

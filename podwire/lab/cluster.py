@@ -250,7 +250,9 @@ class Lab:
     # --- the runtime and the agents ---------------------------------------------------------------
 
     def logs(self, pod: str, namespace: str = "default") -> list[Json]:
-        """The requests that a pod's echo server saw, oldest first."""
+        """The requests that the echo server of a pod, or of ``outside``, saw; oldest first."""
+        if pod == "outside":
+            return ask_unix(self.dir.runtime_socket, "/v1/logs?namespace=&pod=outside")
         name = self.pod(pod, namespace)["metadata"]["name"]
         return ask_unix(self.dir.runtime_socket, f"/v1/logs?namespace={namespace}&pod={name}")
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from podwire.errors import ApiError
+
 if TYPE_CHECKING:
     from podwire.lab.cluster import Lab
 
@@ -17,6 +19,14 @@ _WORKLOADS = (
     ("DaemonSet", "/apis/apps/v1/daemonsets"),
     ("ReplicaSet", "/apis/apps/v1/replicasets"),
 )
+
+# what agents program, less what they rightly leave alone
+_PROGRAMMED = {
+    "Service": "/api/v1/services?labelSelector=%21service.kubernetes.io/service-proxy-name",
+    "EndpointSlice": "/apis/discovery.k8s.io/v1/endpointslices"
+    "?labelSelector=%21service.kubernetes.io/headless",
+    "NetworkPolicy": "/apis/networking.k8s.io/v1/networkpolicies",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,27 @@ def _unready_pods(lab: Lab) -> list[str]:
 
 
 def _behind(lab: Lab) -> list[str]:
-    return []
+    """Agents whose kernels do not yet hold what the API holds (resource versions compare as
+    numbers, KEP-5504).
+    """
+    missing: list[str] = []
+    newest: dict[str, int] = {}
+    for node in lab.record.nodes:
+        try:
+            synced = lab.agent(node, "/v1/synced")
+        except ApiError as error:
+            missing.append(f"node {node}: {error}")
+            continue
+        if synced["waiting"]:
+            missing.append(f"node {node}: changes are being programmed")
+            continue
+        for kind, version in synced["versions"].items():
+            if kind in _PROGRAMMED and kind not in newest:
+                versions = (o["metadata"]["resourceVersion"] for o in lab.items(_PROGRAMMED[kind]))
+                newest[kind] = max(map(int, versions), default=0)
+            if version < newest.get(kind, 0):
+                missing.append(f"node {node}: the newest {kind} is not programmed yet")
+    return missing
 
 
 def replicas(kind: str, workload: Json) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from podwire.kernel import address, link, netns, route, sysctl
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.link import End
 from podwire.kernel.netlink import NetlinkSocket, Request
+from podwire.kernel.route import Route
 from podwire.lab.state import LabDir, Node
 from podwire.net import parse_address, parse_prefix
 
@@ -106,6 +107,10 @@ def _build_router(sock: NetlinkSocket, underlay: int, outside: int, dual_stack: 
     )
     _number(sock, underlay, "nodes", ROUTER, UNDERLAY, dual_stack)
     _number(sock, underlay, "world", WORLD_ROUTER, WORLD, dual_stack)
+    for family in families(dual_stack):
+        # the world forgets packets to private addresses without a word
+        nowhere = Route(parse_prefix(POD_RANGE[family]), kind=route.BLACKHOLE)
+        sock.run(route.add(nowhere))
 
 
 def add_node(lab: LabDir, node: Node, dual_stack: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -15,10 +16,12 @@ from typing import Any
 from podwire.agent.control import ControlServer, Query
 from podwire.agent.logs import event
 from podwire.errors import ApiError, ConfigError, KernelError, PodwireError
+from podwire.kernel import netns
 from podwire.kube.objects import EndpointSlice, Namespace, Service
 from podwire.kube.store import Change, ChangeSet, Store
+from podwire.lab import echo
 from podwire.lab.dns import DnsServer, Zone
-from podwire.lab.runtime import balancer
+from podwire.lab.runtime import balancer, sandbox
 from podwire.lab.runtime.api import Api
 from podwire.lab.runtime.balancer import Balancer
 from podwire.lab.runtime.nodes import NodeHost, Watcher
@@ -31,6 +34,7 @@ log = logging.getLogger("podwire.lab.runtime")
 
 KINDS = (Namespace, Service, EndpointSlice, TargetService, Pod)
 REPORTERS = 16  # status updates under way at once
+REPORT_RETRY_S = 1.0
 NOT_READY_RETRY_S = 0.5
 
 
@@ -45,9 +49,11 @@ class Runtime:
         self._services: dict[str, dict[str, TargetService]] = {}  # by namespace, name
         self._store = Store()
         self._zone = Zone()
+        self._outside = echo.Identity("", "outside", "outside")
         self._balancer = Balancer(lab)
         self._dirty: dict[str, PodWorker] = {}
-        self._reports = asyncio.Semaphore(0)
+        self._sending: set[str] = set()
+        self._reports: asyncio.Queue[str] = asyncio.Queue()
         self._visitor = ThreadPoolExecutor(1, "sandbox")  # visits pod namespaces, makes new ones
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -61,6 +67,7 @@ class Runtime:
         control.route("/v1/summary", self._answer_summary)
         await control.start()
         async with self._api:
+            await self._serve_outside()
             await self._read_nodes()
             for _ in range(REPORTERS):
                 self._spawn(self._report_loop())
@@ -79,6 +86,16 @@ class Runtime:
         task = asyncio.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _serve_outside(self) -> None:
+        """An echo server in the outside world, so that pods have somebody to ask there."""
+        servers = echo.Servers(self._outside)
+        fd = netns.open_path(self.lab.netns("outside"))
+        try:
+            for protocol, sock in sandbox.listen(fd, (("TCP", 80), ("UDP", 80))):
+                await servers.serve(protocol, sock)
+        finally:
+            os.close(fd)
 
     # --- nodes ------------------------------------------------------------------------------------
 
@@ -193,26 +210,32 @@ class Runtime:
         return list(self._services.get(namespace, {}).values())
 
     def report(self, worker: PodWorker) -> None:
-        """Send the pod's status soon; several changes become one."""
+        """Send the pod's status soon; several changes become one, and one is sent at a time."""
         uid = worker.pod.metadata.uid
         if uid not in self._dirty:
             self._dirty[uid] = worker
-            self._reports.release()
+            if uid not in self._sending:
+                self._reports.put_nowait(uid)
 
     async def _report_loop(self) -> None:
         while True:
-            await self._reports.acquire()
-            if not self._dirty:
+            uid = await self._reports.get()
+            worker = self._dirty.pop(uid, None)
+            if worker is None:
                 continue
-            uid = next(iter(self._dirty))
-            worker = self._dirty.pop(uid)
-            status = pod_status(worker.pod, worker.state, now_text())
+            self._sending.add(uid)
             try:
-                await self._api.pod_status(worker.pod, status)
+                await self._api.pod_status(
+                    worker.pod, pod_status(worker.pod, worker.state, now_text())
+                )
             except ApiError as error:
                 event(log, logging.WARNING, "status not taken", pod=worker, error=error)
-                await asyncio.sleep(1)
-                self.report(worker)
+                await asyncio.sleep(REPORT_RETRY_S)
+                self._dirty[uid] = worker
+            finally:
+                self._sending.discard(uid)
+            if uid in self._dirty:
+                self._reports.put_nowait(uid)
 
     def dns_server(self, udp: Sequence[socket.socket], tcp: Sequence[socket.socket]) -> DnsServer:
         return DnsServer(self._zone, udp, tcp)
@@ -228,8 +251,8 @@ class Runtime:
     # --- the command line -------------------------------------------------------------------------
 
     def _answer_logs(self, query: Query) -> list[dict[str, Any]]:
-        for worker in self._workers.values():
-            identity = worker.identity
+        identities = [self._outside, *(w.identity for w in self._workers.values())]
+        for identity in identities:
             if (identity.namespace, identity.pod) == (query.get("namespace"), query.get("pod")):
                 return [entry._asdict() for entry in identity.log]
         raise ConfigError(f"no pod {query.get('namespace')}/{query.get('pod')} runs here")
