@@ -139,6 +139,12 @@ class NetConf(msgspec.Struct, rename="camel"):
     iptables_admin_chain_name: str | None = None
 
 
+# msgspec resolves a type at its first use; two threads that do so at once crash it. So it is done
+# here, while there is one thread.
+msgspec.convert({}, NetConf)
+msgspec.convert({}, Result)
+
+
 def parse(call: Call) -> NetConf:
     """The configuration of a call. Raises CniError 7 naming the key."""
     try:
