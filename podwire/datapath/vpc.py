@@ -1,0 +1,25 @@
+"""What of VPC mode the packet filter does: SNAT out of the VPC, and the way back for NodePorts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from podwire.net import Address, Prefix
+
+
+@dataclass(frozen=True)
+class VpcTable:
+    """IPv4 only: IPv6 addresses are good everywhere.
+
+    What a pod sends beyond `near` (the VPC's CIDRs and the excluded ones) leaves by `uplink`, the
+    primary ENI, as `primary`: only that address has a public one. What comes in on `uplink` for an
+    address of the node is answered by `uplink`. `mark` is the one bit of marks that is ours.
+    """
+
+    uplink: str
+    primary: Address
+    near: tuple[Prefix, ...]
+    snat: bool = True
+    random_ports: str = "prng"  # prng: fully random, hashrandom: random, none
+    mark: int = 0x80
+    pod_links: str = "eni"  # how the host ends of pods' links begin
