@@ -19,6 +19,7 @@ from podwire.kernel.netlink import NetlinkSocket
 from podwire.kernel.nftables import INET, Element, NfTables, Set, Transaction, concat
 from podwire.net import Address, Protocol
 from podwire.wiring import HostPort, HostPorts, PodAddress
+from podwire.wiring.tables import deletion, make_table, settle
 from podwire.wiring.veth import network
 
 TABLE = "podwire-hostports"
@@ -42,8 +43,8 @@ _FAMILY = """
 # A link that may carry 127.0.0.0/8 would also let its neighbours reach what listens there
 # (CVE-2020-8558), so packets from outside for these addresses are dropped before all else.
 _STRUCTURE = f"""
-table inet {TABLE}
-delete table inet {TABLE}
+add table inet {TABLE}
+flush table inet {TABLE}
 table inet {TABLE} {{
 {_FAMILY.format(v=4, a="ipv4_addr", ip="ip", mark=MARK)}
 {_FAMILY.format(v=6, a="ipv6_addr", ip="ip6", mark=MARK)}
@@ -98,11 +99,11 @@ class HostPortRules:
         """Close the ports; those that are closed already are no error."""
         wanted = list(_elements(mappings))
         try:
-            self._nft.commit(_deletion(wanted))
+            self._nft.commit(deletion(wanted))
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
-            self._nft.commit(_deletion([(t, self._held(t, elements)) for t, elements in wanted]))
+            self._nft.commit(deletion([(t, self._held(t, elements)) for t, elements in wanted]))
         self._forget_flows(mappings)
 
     def _held(self, target: Set, elements: list[Element]) -> list[Element]:
@@ -127,13 +128,8 @@ class HostPortRules:
         if not mappings:
             self.cleanup()
             return
-        self._made = False
         self._ensure()
-        transaction = Transaction()
-        for each in mappings:
-            for target, elements in _elements(each):
-                transaction.add(target, elements)
-        self._nft.commit(transaction)
+        settle(self._nft, TABLE, [pair for each in mappings for pair in _elements(each)])
 
     def cleanup(self) -> None:
         """Remove the table."""
@@ -142,10 +138,9 @@ class HostPortRules:
             self._nft.run(f"delete table inet {TABLE}")
 
     def _ensure(self) -> None:
-        if self._made and TABLE in self._nft.tables(INET):
-            return
-        self._nft.run(_STRUCTURE)
-        self._made = True
+        if not self._made or TABLE not in self._nft.tables(INET):
+            make_table(self._nft, TABLE, _STRUCTURE)
+            self._made = True
 
     def _allow_local_sources(self, mappings: HostPorts) -> None:
         """Let packets from 127.0.0.0/8 leave for the pods; their source is masqueraded after."""
@@ -187,13 +182,6 @@ def _elements(mappings: HostPorts) -> Iterable[tuple[Set, list[Element]]]:
                         for first, last in _sources(mappings.masquerade, target)
                     ],
                 )
-
-
-def _deletion(wanted: Iterable[tuple[Set, list[Element]]]) -> Transaction:
-    transaction = Transaction()
-    for target, elements in wanted:
-        transaction.delete(target, elements)
-    return transaction
 
 
 def _serves(port: HostPort, target: PodAddress) -> bool:

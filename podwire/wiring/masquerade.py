@@ -12,13 +12,14 @@ from collections.abc import Collection, Iterable, Sequence
 from podwire.errors import KernelError
 from podwire.kernel.nftables import INET, Element, NfTables, Set, Transaction, concat
 from podwire.wiring import PodAddress
+from podwire.wiring.tables import deletion, make_table, settle
 from podwire.wiring.veth import network
 
 TABLE = "podwire-ipmasq"
 
 _STRUCTURE = f"""
-table inet {TABLE}
-delete table inet {TABLE}
+add table inet {TABLE}
+flush table inet {TABLE}
 table inet {TABLE} {{
  set pods4 {{ type ipv4_addr; }}
  set pods6 {{ type ipv6_addr; }}
@@ -45,9 +46,7 @@ class MasqueradeRules:
 
     def add(self, addresses: Sequence[PodAddress]) -> None:
         """Raises KernelError; then nothing changed."""
-        if not self._made or not self._exists():
-            self._nft.run(_STRUCTURE)
-            self._made = True
+        self._ensure()
         transaction = Transaction()
         for target, elements in _elements(addresses):
             transaction.add(target, elements)
@@ -57,11 +56,11 @@ class MasqueradeRules:
         """What is gone already is no error."""
         wanted = list(_elements(addresses))
         try:
-            self._nft.commit(_deletion(wanted))
+            self._nft.commit(deletion(wanted))
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
-            self._nft.commit(_deletion([(t, self._held(t, elements)) for t, elements in wanted]))
+            self._nft.commit(deletion([(t, self._held(t, elements)) for t, elements in wanted]))
 
     def _held(self, target: Set, elements: list[Element]) -> list[Element]:
         """Those of the elements that the kernel has."""
@@ -82,15 +81,22 @@ class MasqueradeRules:
 
     def reconcile(self, addresses: Collection[PodAddress]) -> None:
         """Make the table hold these addresses and no others."""
-        self.cleanup()
-        if addresses:
-            self.add(list(addresses))
+        if not addresses:
+            self.cleanup()
+            return
+        self._ensure()
+        settle(self._nft, TABLE, list(_elements(addresses)))
 
     def cleanup(self) -> None:
         """Remove the table."""
         self._made = False
         if self._exists():
             self._nft.run(f"delete table inet {TABLE}")
+
+    def _ensure(self) -> None:
+        if not self._made or not self._exists():
+            make_table(self._nft, TABLE, _STRUCTURE)
+            self._made = True
 
     def _exists(self) -> bool:
         return TABLE in self._nft.tables(INET)
@@ -103,10 +109,3 @@ def _elements(addresses: Iterable[PodAddress]) -> Iterable[tuple[Set, list[Eleme
         start, end = concat(each.address, own.first), concat(each.address, own.last)
         yield Set(INET, TABLE, f"pods{version}"), [Element(concat(each.address))]
         yield Set(INET, TABLE, f"own{version}"), [Element(start, None, end)]
-
-
-def _deletion(wanted: Iterable[tuple[Set, list[Element]]]) -> Transaction:
-    transaction = Transaction()
-    for target, elements in wanted:
-        transaction.delete(target, elements)
-    return transaction
