@@ -7,8 +7,7 @@
 
 struct endpoint { /* a pod of this node, found by its address */
 	__u32 interface; /* the host's end of its veth */
-	__u8 mac[6];
-	__u8 host_mac[6];
+	struct mac mac, host_mac;
 };
 
 struct {
@@ -27,7 +26,7 @@ enum interface_flag {
 struct interface {
 	struct address addresses[2]; /* of the pod behind it; zero: none */
 	__u32 flags;
-	__u8 mac[6];
+	struct mac mac;
 	__u8 pad[6];
 };
 
@@ -70,8 +69,7 @@ static __always_inline int to_pod(struct __sk_buff *ctx, const struct packet *p,
 {
 	if (p->ttl <= 1)
 		return TCX_NEXT; /* the stack answers "time exceeded" */
-	if (decrement_ttl(ctx, p) || store_bytes(ctx, 0, endpoint->mac, 6) ||
-	    store_bytes(ctx, 6, endpoint->host_mac, 6))
+	if (decrement_ttl(ctx, p) || set_macs(ctx, &endpoint->mac, &endpoint->host_mac))
 		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
 	return bpf_redirect_peer(endpoint->interface, 0);
 }
@@ -87,24 +85,31 @@ static __always_inline int to_neighbour(const struct bpf_fib_lookup *route)
 	return bpf_redirect_neigh(route->ifindex, &next, sizeof(next), 0);
 }
 
+static __always_inline long find_route(struct __sk_buff *ctx, struct bpf_fib_lookup *route,
+				       const struct flow *flow, __u32 from, __u32 flags)
+{
+	__builtin_memset(route, 0, sizeof(*route));
+	route->ifindex = from;
+	if (is_ipv4(&flow->destination)) {
+		route->family = AF_INET;
+		route->ipv4_src = flow->source.words[3];
+		route->ipv4_dst = flow->destination.words[3];
+	} else {
+		route->family = AF_INET6;
+		__builtin_memcpy(route->ipv6_src, &flow->source, 16);
+		__builtin_memcpy(route->ipv6_dst, &flow->destination, 16);
+	}
+	return bpf_fib_lookup(ctx, route, sizeof(*route), flags);
+}
+
 /* By the routing table, past the stack. `from` is the interface the packet came in by. What is for
  * this node goes up the stack, by way of lo when the stack would take it for spoofed. */
 static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *p, __u32 from,
 				    bool martian)
 {
-	struct bpf_fib_lookup route = { .ifindex = from };
-	int found;
+	struct bpf_fib_lookup route;
+	long found = find_route(ctx, &route, &p->flow, from, 0);
 
-	if (p->ipv4) {
-		route.family = AF_INET;
-		route.ipv4_src = p->flow.source.words[3];
-		route.ipv4_dst = p->flow.destination.words[3];
-	} else {
-		route.family = AF_INET6;
-		__builtin_memcpy(route.ipv6_src, &p->flow.source, 16);
-		__builtin_memcpy(route.ipv6_dst, &p->flow.destination, 16);
-	}
-	found = bpf_fib_lookup(ctx, &route, sizeof(route), 0);
 	switch (found) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
@@ -127,7 +132,7 @@ static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *
 	count(REASON_FORWARDED);
 	if (found == BPF_FIB_LKUP_RET_NO_NEIGH)
 		return to_neighbour(&route);
-	if (store_bytes(ctx, 0, route.dmac, 6) || store_bytes(ctx, 6, route.smac, 6))
+	if (set_macs(ctx, (struct mac *)route.dmac, (struct mac *)route.smac))
 		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
 	return bpf_redirect(route.ifindex, 0);
 }

@@ -34,6 +34,8 @@
 #define ERROR_INVALID 22
 #define ERROR_REFUSED 111
 
+#define FIB_LOOKUP_SKIP_NEIGH (1U << 2) /* BPF_FIB_LOOKUP_SKIP_NEIGH, Linux 6.4 */
+#define FIB_LOOKUP_SRC (1U << 4) /* BPF_FIB_LOOKUP_SRC, Linux 6.7 */
 #define FLAG_CHECKSUM_IPV6 (1ULL << 7) /* BPF_F_IPV6, Linux 6.16 */
 
 #define ICMP_ECHO_REPLY 0

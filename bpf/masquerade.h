@@ -2,6 +2,7 @@
 /* Which traffic of pods leaves the cluster, and under which address of the node. */
 #pragma once
 
+#include "forward.h"
 #include "service.h"
 
 enum network_flag {
@@ -28,12 +29,23 @@ static __always_inline bool leaves_cluster(const struct address *source, const s
 	       !(network_flags(destination) & NETWORK_CLUSTER) && !is_link_local(destination);
 }
 
-/* Put this node's address as the source of `to`; false when it has none of the family. */
-static __always_inline bool masquerade(struct flow *to, bool ipv4)
+/* Put as the source of `to` what the kernel would: the address of the way out (Linux 6.7), otherwise
+ * the node's own. False: there is none. */
+static __always_inline bool masquerade(struct __sk_buff *ctx, struct flow *to, __u32 from)
 {
 	const struct settings *current = current_settings();
+	bool ipv4 = is_ipv4(&to->destination);
 	const struct address *node;
+	struct bpf_fib_lookup route;
+	long found = find_route(ctx, &route, to, from, FIB_LOOKUP_SKIP_NEIGH | FIB_LOOKUP_SRC);
 
+	if (found == BPF_FIB_LKUP_RET_SUCCESS) {
+		if (ipv4)
+			set_ipv4(&to->source, route.ipv4_src);
+		else
+			__builtin_memcpy(&to->source, route.ipv6_src, 16);
+		return true;
+	}
 	if (!current)
 		return false;
 	node = ipv4 ? &current->node[0] : &current->node[1];

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* From bytes to a flow. Reads by copying: works on any packet layout, in tcx and XDP alike. */
+/* From bytes to a flow. */
 #pragma once
 
 #include "address.h"
@@ -11,6 +11,34 @@
 #define load_bytes bpf_skb_load_bytes
 #define store_bytes(ctx, offset, from, size) bpf_skb_store_bytes(ctx, offset, from, size, 0)
 #endif
+
+#define HEADERS_END 1024 /* how far into a packet plain loads go */
+
+/* Copy one object of the packet to `*to`: headers are nearly always in the linear part, where a plain
+ * load does; the helper reads the rest. Not 0: the packet is too short. */
+#define load(ctx, offset, to)                                                                      \
+	({                                                                                         \
+		__u64 load_at = (offset);                                                          \
+		void *load_from;                                                                   \
+		int load_error = 0;                                                                \
+		asm volatile("" : "+r"(load_at)); /* one register for check and use */             \
+		if (load_at < HEADERS_END &&                                                       \
+		    (load_from = (void *)(long)(ctx)->data + load_at,                              \
+		     load_from + sizeof(*(to)) <= (void *)(long)(ctx)->data_end))                  \
+			*(to) = *(typeof(to))load_from;                                            \
+		else                                                                               \
+			load_error = load_bytes(ctx, load_at, to, sizeof(*(to)));                  \
+		load_error;                                                                        \
+	})
+
+struct mac {
+	__u16 words[3];
+};
+
+struct ethernet {
+	struct mac destination, source;
+	__be16 type;
+};
 
 enum packet_kind {
 	PACKET_FLOW = 1, /* has ports, or an echo id */
@@ -75,7 +103,8 @@ static __always_inline void parse_icmp(CONTEXT *ctx, struct packet *p)
 
 static __always_inline void parse_transport(CONTEXT *ctx, struct packet *p)
 {
-	struct { __be16 source, destination; __u8 rest[9], flags; } head = {};
+	struct { __be16 source, destination; } ports;
+	__u16 offset_and_flags;
 	__u8 protocol = p->flow.protocol;
 
 	p->kind = PACKET_OTHER;
@@ -88,14 +117,15 @@ static __always_inline void parse_transport(CONTEXT *ctx, struct packet *p)
 	p->kind = PACKET_FLOW;
 	if (p->fragment == FRAGMENT_LATER)
 		return;
-	if (load_bytes(ctx, p->transport, &head, protocol == IPPROTO_TCP ? 14 : 4)) {
+	if (load(ctx, p->transport, &ports) ||
+	    (protocol == IPPROTO_TCP && load(ctx, p->transport + 12, &offset_and_flags))) {
 		p->kind = PACKET_BROKEN;
 		return;
 	}
-	p->flow.source_port = head.source;
-	p->flow.destination_port = head.destination;
+	p->flow.source_port = ports.source;
+	p->flow.destination_port = ports.destination;
 	if (protocol == IPPROTO_TCP) {
-		p->tcp_flags = head.flags;
+		p->tcp_flags = bpf_ntohs(offset_and_flags);
 		p->checksum = p->transport + 16;
 	} else if (protocol == IPPROTO_UDP) {
 		p->checksum = p->transport + 6;
@@ -107,7 +137,7 @@ static __always_inline void parse_ipv4(CONTEXT *ctx, struct packet *p)
 	struct iphdr ip;
 	__u16 fragment;
 
-	if (load_bytes(ctx, p->network, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5) {
+	if (load(ctx, p->network, &ip) || ip.version != 4 || ip.ihl < 5) {
 		p->kind = PACKET_BROKEN;
 		return;
 	}
@@ -134,7 +164,7 @@ static __always_inline void parse_ipv6(CONTEXT *ctx, struct packet *p)
 	__u16 at = p->network + sizeof(ip);
 	__u8 next;
 
-	if (load_bytes(ctx, p->network, &ip, sizeof(ip)) || ip.version != 6) {
+	if (load(ctx, p->network, &ip) || ip.version != 6) {
 		p->kind = PACKET_BROKEN;
 		return;
 	}
@@ -188,7 +218,7 @@ static __always_inline void parse(CONTEXT *ctx, struct packet *p)
 	__be16 type = 0;
 
 	p->kind = PACKET_BROKEN;
-	if (load_bytes(ctx, 12, &type, 2))
+	if (load(ctx, 12, &type))
 		return;
 	if (type == bpf_htons(ETH_P_IP) || type == bpf_htons(ETH_P_IPV6))
 		parse_at(ctx, p, ETH_HLEN, type == bpf_htons(ETH_P_IP));

@@ -11,6 +11,9 @@
 
 #include "forward.h"
 
+#define ICMP_HEAD 8
+#define QUOTE_MAX 128 /* of the packet that is refused: headers, and some of what follows */
+
 struct refusal {
 	union {
 		struct iphdr ipv4;
@@ -22,12 +25,10 @@ struct refusal {
 			__u8 type, code;
 			__be16 checksum;
 			__be32 rest;
-			__u8 quote[64];
+			__u8 quote[QUOTE_MAX];
 		} icmp;
 	};
 };
-
-#define ICMP_HEAD 8
 
 /* The IP header, and the sum that its addresses add to a transport checksum. */
 static __always_inline __u32 refusal_head(struct refusal *r, const struct packet *p, __u8 protocol,
@@ -76,30 +77,24 @@ static __always_inline int make_reset(struct __sk_buff *ctx, const struct packet
 	return store_bytes(ctx, p->transport, &r->tcp, sizeof(r->tcp));
 }
 
-/* Put the ICMP error in front of the start of the packet: a SCTP INIT is recognised by its chunk (20
- * bytes of transport), others by 8. */
+/* Put the ICMP error in front of the start of the packet. */
 static __always_inline int make_icmp(struct __sk_buff *ctx, const struct packet *p, struct refusal *r)
 {
 	__u32 head = p->transport - p->network;
-	__u32 quote = head + (p->flow.protocol == IPPROTO_SCTP ? 20 : 8);
+	__u64 quote = head + p->length;
 	__u32 sum;
-	int error;
 
-	if (p->length + head < quote)
-		return -1;
-	if (p->ipv4)
-		error = quote == 40 ? load_bytes(ctx, p->network, r->icmp.quote, 40) :
-				      load_bytes(ctx, p->network, r->icmp.quote, 28);
-	else
-		error = quote == 60 ? load_bytes(ctx, p->network, r->icmp.quote, 60) :
-				      load_bytes(ctx, p->network, r->icmp.quote, 48);
-	if (error || bpf_skb_change_tail(ctx, p->network + quote, 0) ||
+	asm volatile("" : "+r"(quote)); /* one register for check and use */
+	if (quote > QUOTE_MAX)
+		quote = QUOTE_MAX;
+	if (quote < sizeof(r->ipv4) || load_bytes(ctx, p->network, r->icmp.quote, quote) ||
+	    bpf_skb_change_tail(ctx, p->network + quote, 0) ||
 	    bpf_skb_adjust_room(ctx, head + ICMP_HEAD, BPF_ADJ_ROOM_MAC, 0))
 		return -1;
 	sum = refusal_head(r, p, p->ipv4 ? IPPROTO_ICMP : IPPROTO_ICMPV6, ICMP_HEAD + quote);
 	r->icmp.type = p->ipv4 ? ICMP_UNREACHABLE : ICMPV6_UNREACHABLE;
 	r->icmp.code = p->ipv4 ? ICMP_PORT_UNREACHABLE_CODE : ICMPV6_PORT_UNREACHABLE_CODE;
-	r->icmp.checksum = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&r->icmp, ICMP_HEAD + 64,
+	r->icmp.checksum = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&r->icmp, ICMP_HEAD + QUOTE_MAX,
 					       p->ipv4 ? 0 : sum));
 	return store_bytes(ctx, p->transport, &r->icmp, ICMP_HEAD);
 }
@@ -109,18 +104,16 @@ static __always_inline int make_icmp(struct __sk_buff *ctx, const struct packet 
 static __always_inline int refuse(struct __sk_buff *ctx, const struct packet *p, struct refusal *r,
 				  bool egress)
 {
-	struct { __u8 to[6], from[6]; } old, new;
+	struct ethernet ethernet;
 	int error;
 
 	report(REASON_REJECTED, ctx->ifindex, &p->flow);
 	if (p->transport != p->network + (p->ipv4 ? sizeof(r->ipv4) : sizeof(r->ipv6)) ||
-	    load_bytes(ctx, 0, &old, sizeof(old)))
+	    load(ctx, 0, &ethernet))
 		return TCX_DROP;
 	__builtin_memset(r, 0, sizeof(*r));
 	error = p->flow.protocol == IPPROTO_TCP ? make_reset(ctx, p, r) : make_icmp(ctx, p, r);
-	__builtin_memcpy(new.to, old.from, 6);
-	__builtin_memcpy(new.from, old.to, 6);
-	error |= store_bytes(ctx, 0, &new, sizeof(new));
+	error |= set_macs(ctx, &ethernet.source, &ethernet.destination);
 	if (p->ipv4)
 		error |= store_bytes(ctx, p->network, &r->ipv4, sizeof(r->ipv4));
 	else

@@ -144,16 +144,38 @@ static __always_inline int rewrite(CONTEXT *ctx, struct packet *p, const struct 
 	       rewrite_address(ctx, p, false, &to->destination) | rewrite_ports(ctx, p, to);
 }
 
-/* One hop less. */
+/* One hop less. TTL is the high byte of its word, so the checksum grows by 0x0100 (RFC 1624). */
 static __always_inline int decrement_ttl(CONTEXT *ctx, const struct packet *p)
 {
-	__u8 ttl = p->ttl - 1;
+	void *data = (void *)(long)ctx->data + ETH_HLEN;
+	struct iphdr *ip = data;
+	struct ipv6hdr *ipv6 = data;
+	__u32 sum;
 
-	if (!p->ipv4)
-		return store_bytes(ctx, p->network + 7, &ttl, 1);
-	/* TTL is the high byte of its 16-bit word */
-	if (fix_ip_sum(ctx, p->network + 10,
-		       port_difference(bpf_htons((__u16)p->ttl << 8), bpf_htons((__u16)ttl << 8))))
+	if (p->network != ETH_HLEN)
 		return -1;
-	return store_bytes(ctx, p->network + 8, &ttl, 1);
+	if (!p->ipv4) {
+		if ((void *)(ipv6 + 1) > (void *)(long)ctx->data_end)
+			return -1;
+		ipv6->hop_limit--;
+		return 0;
+	}
+	if ((void *)(ip + 1) > (void *)(long)ctx->data_end)
+		return -1;
+	ip->ttl--;
+	sum = ip->check + bpf_htons(0x0100);
+	ip->check = sum + (sum >= 0xffff);
+	return 0;
+}
+
+static __always_inline int set_macs(CONTEXT *ctx, const struct mac *destination,
+				    const struct mac *source)
+{
+	struct ethernet *ethernet = (void *)(long)ctx->data;
+
+	if ((void *)(ethernet + 1) > (void *)(long)ctx->data_end)
+		return -1;
+	ethernet->destination = *destination;
+	ethernet->source = *source;
+	return 0;
 }

@@ -8,15 +8,19 @@ struct arp {
 	__be16 hardware, protocol;
 	__u8 hardware_length, protocol_length;
 	__be16 operation;
-	__u8 sender_mac[6], sender_address[4], target_mac[6], target_address[4];
+	struct mac sender_mac;
+	__be16 sender_address[2];
+	struct mac target_mac;
+	__be16 target_address[2];
 };
 
-static __always_inline bool is_own_mac(const struct interface *pod, const __u8 *mac)
+static __always_inline bool is_own_mac(const struct interface *pod, const struct mac *mac)
 {
-	const __u8 *own = pod->mac;
-	bool known = own[0] | own[1] | own[2] | own[3] | own[4] | own[5];
+	const __u16 *own = pod->mac.words;
 
-	return !known || !__builtin_memcmp(own, mac, 6);
+	if (!(own[0] | own[1] | own[2]))
+		return true; /* not known */
+	return own[0] == mac->words[0] && own[1] == mac->words[1] && own[2] == mac->words[2];
 }
 
 /* Link-local and unspecified sources are for neighbour discovery, which never leaves the link. */
@@ -32,12 +36,14 @@ static __always_inline bool is_honest_arp(struct __sk_buff *ctx, const struct in
 {
 	struct arp arp;
 	struct address sender;
+	__be32 address;
 
-	if (load_bytes(ctx, ETH_HLEN, &arp, sizeof(arp)))
+	if (load(ctx, ETH_HLEN, &arp))
 		return true; /* not ARP */
-	set_ipv4(&sender, *(__be32 *)arp.sender_address);
+	__builtin_memcpy(&address, arp.sender_address, 4);
+	set_ipv4(&sender, address);
 	/* an address probe (RFC 5227) has no sender yet */
-	return is_own_mac(pod, arp.sender_mac) &&
+	return is_own_mac(pod, &arp.sender_mac) &&
 	       (!sender.words[3] || same_address(&sender, &pod->addresses[0]));
 }
 
@@ -46,10 +52,10 @@ static __always_inline bool is_honest(struct __sk_buff *ctx, const struct packet
 {
 	__u32 key = ctx->ifindex;
 	struct interface *pod = bpf_map_lookup_elem(&interfaces, &key);
-	__u8 mac[6];
+	struct ethernet ethernet;
 
-	if (!pod || !(pod->flags & INTERFACE_KNOWN) || load_bytes(ctx, 6, mac, 6) ||
-	    !is_own_mac(pod, mac))
+	if (!pod || !(pod->flags & INTERFACE_KNOWN) || load(ctx, 0, &ethernet) ||
+	    !is_own_mac(pod, &ethernet.source))
 		return false;
 	if (p->kind == PACKET_FOREIGN)
 		return ctx->protocol != bpf_htons(ETH_P_ARP) || is_honest_arp(ctx, pod);

@@ -106,6 +106,18 @@ static __always_inline bool is_permitted(struct __sk_buff *ctx, struct work *w, 
 	return true;
 }
 
+/* Whether answers to this packet, which needs no entry of its own, would be taken for those of another
+ * connection: one from the same port to a Service that led to the same backend. */
+static __always_inline bool is_shadowed(struct work *w)
+{
+	struct packet *p = &w->packet;
+
+	if (p->flow.protocol == IPPROTO_TCP && !(p->tcp_flags & TCP_SYN))
+		return false;
+	reverse(&w->creation.key, &p->flow);
+	return find_connection(&w->creation.key);
+}
+
 /* The first packet of a connection, or one that needs no entry. */
 static __always_inline int begin(struct __sk_buff *ctx, struct work *w, enum place place)
 {
@@ -142,9 +154,9 @@ static __always_inline int begin(struct __sk_buff *ctx, struct work *w, enum pla
 		tracked = true;
 	if (place == PLACE_POD && leaves_cluster(&w->to.source, &w->to.destination))
 		w->choice.masquerade = true;
-	if (w->choice.masquerade && masquerade(&w->to, p->ipv4))
+	if (w->choice.masquerade && masquerade(ctx, &w->to, place == PLACE_NODE ? LOOPBACK : ctx->ifindex))
 		ports = !same_address(&w->to.source, &p->flow.source);
-	if (!ports && !tracked && verdict == VERDICT_NONE)
+	if (!ports && !tracked && verdict == VERDICT_NONE && !is_shadowed(w))
 		return send(ctx, p, place, false, false);
 
 	reason = create_connection(&w->creation, p, &w->to, w->choice.service,
@@ -152,7 +164,7 @@ static __always_inline int begin(struct __sk_buff *ctx, struct work *w, enum pla
 				   ports);
 	if (reason)
 		return drop(ctx, reason, &p->flow);
-	if (!ports && verdict == VERDICT_NONE)
+	if (!ports && verdict == VERDICT_NONE && w->to.source_port == p->flow.source_port)
 		return send(ctx, p, place, false, false);
 	count(REASON_TRANSLATED);
 	return translate(ctx, w, place);
@@ -217,11 +229,15 @@ int from_network(struct __sk_buff *ctx)
 	return walk(ctx, PLACE_NETWORK);
 }
 
-/* On the way out of every interface, lo included: only what the node itself sends. */
+#define WALKED 0x7077
+
+/* On the way out of every interface, lo included: only what the node itself sends, and only once,
+ * though a packet that is redirected from here leaves by a second interface. */
 SEC("tc")
 int from_node(struct __sk_buff *ctx)
 {
-	if (ctx->ingress_ifindex)
+	if (ctx->ingress_ifindex || ctx->tc_index == WALKED)
 		return TCX_NEXT;
+	ctx->tc_index = WALKED;
 	return walk(ctx, PLACE_NODE);
 }

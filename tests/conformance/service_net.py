@@ -216,6 +216,10 @@ class Net:
     def forget(self) -> None:
         """Empty the node's connection table."""
         self._connections.clear()
+        connections = getattr(self._part, "connections", None)
+        if connections is not None:  # the data path keeps its own
+            connections.clear()
+            return
         body = struct.pack(">BBH", 0, 0, 0)
         head = struct.pack("=IHHII", 16 + len(body), 1 << 8 | 2, 5, 1, 0)
         self._conntrack.send(head + body)

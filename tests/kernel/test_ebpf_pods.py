@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from podwire.datapath.ebpf.layout import Reason
-from podwire.datapath.ebpf.nodes import EbpfNodes
+from podwire.datapath.ebpf.nodes import NodesPart
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.programs import OBJECTS, Programs
 from podwire.kernel import netns
@@ -31,7 +31,7 @@ def mac(text):
 def world():
     with World() as made:
         programs = Programs(made.name)
-        pods, nodes = EbpfPods(programs), EbpfNodes(programs)
+        pods, nodes = EbpfPods(programs), NodesPart(programs)
 
         def start():
             pods.start()

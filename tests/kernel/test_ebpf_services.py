@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from podwire.datapath.ebpf.programs import OBJECTS, Programs
-from podwire.datapath.ebpf.services import EbpfServices
+from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
 from podwire.kernel.bpf import features
 from podwire.net import Protocol, format_address, parse_address, parse_prefix
@@ -94,7 +94,7 @@ def make_ports(family, protocol):
 def world():
     with World() as made:
         programs = Programs(made.name)
-        part = EbpfServices(programs)
+        part = ServicesPart(programs=programs)
         netns.call(made.spaces["node"], part.start)
         made.part = part
         made.apply = lambda table: netns.call(made.spaces["node"], lambda: part.apply(table))
@@ -194,7 +194,7 @@ def test_a_new_process_takes_over_and_the_maps_grow(world):
         client.connect((VIP[4], 1))
         world.apply(table)
         second = Programs(world.name)
-        part = EbpfServices(second)
+        part = ServicesPart(programs=second)
 
         def take_over():
             part.start()
@@ -221,3 +221,21 @@ def test_verify_repairs_what_others_broke(world):
     growing.map.delete(key)
     assert netns.call(world.spaces["node"], world.part.verify) == ["1 entries of map frontends"]
     assert growing.map.lookup(key)
+
+
+def test_one_port_to_the_service_and_to_its_backend_at_once(world):
+    """Both connections have the same answers on the wire; neither may take the other's."""
+    both = {"family": 4, "protocol": Protocol.TCP}
+    world.apply(make_table([make_port("web", 93, [POD[1][4]], **both)]))
+    clients = []
+    for target in ((VIP[4], 93), (POD[1][4], 80)):
+        client = netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_STREAM)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        client.settimeout(3)
+        client.bind((POD[2][4], 46000))
+        client.connect(target)
+        clients.append(client)
+    for client in clients:
+        client.send(b"who")
+        assert client.recv(100).decode().split()[0] == POD[1][4]
+        client.close()

@@ -51,6 +51,11 @@ class Connections:
         finally:
             doomed.delete_batch(members)
 
+    def clear(self) -> None:
+        """Forget all connections; those through Services end."""
+        table = self._programs.growing["connections"]
+        table.map.delete_batch(list(table.read()))
+
     def items(self) -> Iterator[tuple[Flow, Flow]]:
         """What packets look like and what they become, both directions of every connection."""
         for key, value in self._programs.growing["connections"].map.items():

@@ -17,7 +17,7 @@ from podwire.net import Prefix
 from podwire.nodes import RouteTable
 
 
-class EbpfNodes:
+class NodesPart:
     """The masquerade half of a RouteTable."""
 
     requirements: Sequence[Requirement] = (
@@ -37,7 +37,7 @@ class EbpfNodes:
         """Make the map hold `table`'s prefixes."""
         if table is self._table:
             return
-        self._programs.growing["networks"].replace(_entries(table))
+        self._programs.growing["networks"].replace(_entries(self._programs, table))
         if table.underlay:
             self._programs.offer_node_address(table.underlay)
         self._table = table
@@ -49,7 +49,7 @@ class EbpfNodes:
         """Repair what somebody changed in the map, and say so."""
         if self._table is None:
             return []
-        wrong = self._programs.growing["networks"].replace(_entries(self._table))
+        wrong = self._programs.growing["networks"].replace(_entries(self._programs, self._table))
         return [f"{wrong} entries of map networks"] if wrong else []
 
     def cleanup(self) -> None:
@@ -61,10 +61,12 @@ class EbpfNodes:
         return {"networks": self._programs.growing["networks"].fill()}
 
 
-def _entries(table: RouteTable) -> dict[bytes, bytes]:
+def _entries(programs: Programs, table: RouteTable) -> dict[bytes, bytes]:
     flagged = [(prefix, NetworkFlag.OWN_PODS) for prefix in table.pod_prefixes]
     flagged += [(prefix, NetworkFlag.CLUSTER) for prefix in table.cluster_prefixes]
-    with NetlinkSocket() as netlink:  # what goes to the node itself does not leave
+    with NetlinkSocket(
+        netns_fd=programs.netns_fd
+    ) as netlink:  # what goes to the node itself does not leave
         own = {each.address for each in address.dump(netlink)}
     flagged += [(Prefix(each, len(each) * 8), NetworkFlag.CLUSTER) for each in own]
     out: dict[bytes, bytes] = {}

@@ -7,6 +7,7 @@ program of each link in one step. Traffic goes on in between.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,7 @@ from podwire.datapath.ebpf.layout import (
 )
 from podwire.errors import KernelError, Unsupported
 from podwire.kernel import link as links
+from podwire.kernel import netns
 from podwire.kernel.bpf import (
     AttachType,
     Link,
@@ -73,14 +75,24 @@ _TCX = {"ingress": AttachType.TCX_INGRESS, "egress": AttachType.TCX_EGRESS}
 
 
 class Programs:
-    """Programs of the node whose network namespace the calling thread is in.
+    """Programs of one node. Thread-safe as far as its parts are.
 
-    `cgroup` is the cgroup v2 directory whose processes get Services at the socket; None: nobody.
-    `connections` is the room for connection entries (two each) to begin with.
+    `netns_fd` is the node's network namespace (default: the caller's), `node` names the folder of
+    pins (default: one for the namespace). `cgroup` is the cgroup v2 directory whose processes get
+    Services at the socket; None: nobody. `connections` is the room for connection entries (two
+    each) to begin with.
     """
 
-    def __init__(self, node: str, *, cgroup: Path | None = None, connections: int = 131072) -> None:
-        self.node = node
+    def __init__(
+        self,
+        node: str = "",
+        netns_fd: int | None = None,
+        *,
+        cgroup: Path | None = None,
+        connections: int = 131072,
+    ) -> None:
+        self._netns_fd = netns_fd
+        self.node = node or f"net-{_namespace(netns_fd)}"
         self._cgroup = cgroup
         self._capacity = connections
         self._features: set[str] = set()
@@ -91,6 +103,10 @@ class Programs:
         self._detect = DetectBy.NONE
         self.maps: dict[str, Map] = {}
         self.growing: dict[str, GrowingMap] = {}
+
+    @property
+    def netns_fd(self) -> int | None:
+        return self._netns_fd
 
     @property
     def folder(self) -> Path:
@@ -132,8 +148,7 @@ class Programs:
 
     def sync_links(self) -> list[int]:
         """Attach to interfaces that are new and let go of those that are gone; the new ones."""
-        with NetlinkSocket() as netlink:
-            present = {found.index for found in links.dump(netlink)}
+        present = self.dump_links()
         for name in list(self._links):
             if self._links[name].info.target == 0:
                 self._detach(name)
@@ -141,6 +156,11 @@ class Programs:
         for index in new:
             self._attach_interface(index)
         return new
+
+    def dump_links(self) -> dict[int, links.Link]:
+        """The interfaces of the node's namespace, by index."""
+        with NetlinkSocket(netns_fd=self._netns_fd) as netlink:
+            return {found.index: found for found in links.dump(netlink)}
 
     def program(self, name: str) -> Program:
         """A loaded program by its name in C."""
@@ -246,7 +266,7 @@ class Programs:
             "with_policy": flag("policy"),
             "with_pods": flag("pods"),
             "with_masquerade": flag("masquerade"),
-            "node_netns_cookie": _netns_cookie(),
+            "node_netns_cookie": _netns_cookie(self._netns_fd),
         }
 
     def _check_layout(self) -> None:
@@ -294,7 +314,9 @@ class Programs:
     def _attach_tcx(self, program: str, ifindex: int, direction: str) -> None:
         name = f"{program}-{ifindex}-{direction}"
         if name not in self._links:
-            self._keep(name, Link.tcx(self.program(program), ifindex, _TCX[direction]))
+            with netns.entered(self._netns_fd):
+                link = Link.tcx(self.program(program), ifindex, _TCX[direction])
+            self._keep(name, link)
 
     def _attach_sockets(self, cgroup: Path) -> None:
         for program, where in _SOCKET_HOOKS.items():
@@ -320,9 +342,20 @@ class Programs:
         return (name for name in self._links if name.split("-")[1] == str(ifindex))
 
 
-def _netns_cookie() -> bytes:
+def _namespace(netns_fd: int | None) -> int:
+    """The number of the namespace, also the caller's own."""
+    if netns_fd is not None:
+        return netns.inode(netns_fd)
+    own = netns.current()
+    try:
+        return netns.inode(own)
+    finally:
+        os.close(own)
+
+
+def _netns_cookie(netns_fd: int | None) -> bytes:
     """The cookie by which socket programs know this namespace's own sockets."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with netns.socket(netns_fd, socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             return probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
         except OSError:

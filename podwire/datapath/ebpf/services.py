@@ -18,7 +18,14 @@ from podwire.datapath.ebpf.settings import AddressCounts, write_settings
 from podwire.datapath.ebpf.slots import EMPTY, Run, Slots
 from podwire.datapath.ebpf.spelling import Lease
 from podwire.net import Address, Protocol
-from podwire.services import Backend, ServicePort, ServicePortName, ServiceTable, Settings
+from podwire.services import (
+    Backend,
+    ProxyConfig,
+    ServicePort,
+    ServicePortName,
+    ServiceTable,
+    Settings,
+)
 
 _Changes = Mapping[ServicePortName, tuple[ServicePort | None, ServicePort | None]]
 
@@ -28,8 +35,12 @@ class _Held(NamedTuple):
     lease: Lease
 
 
-class EbpfServices:
-    """The Services part of the eBPF data path."""
+class ServicesPart:
+    """A ServiceTable in maps and programs.
+
+    Alone, it makes its own `Programs` in `netns_fd` (default: the caller's namespace); parts that
+    work together are given the same ones.
+    """
 
     requirements: Sequence[Requirement] = (
         Requirement(
@@ -53,14 +64,24 @@ class EbpfServices:
         ),
     )
 
-    def __init__(self, programs: Programs) -> None:
-        self._programs = programs
+    def __init__(
+        self,
+        config: ProxyConfig | None = None,
+        netns_fd: int | None = None,
+        *,
+        programs: Programs | None = None,
+    ) -> None:
+        self._programs = programs or Programs(netns_fd=netns_fd)
         self._table: ServiceTable | None = None
         self._leases: dict[ServicePortName, Lease] = {}
         self._next_service = 1
         self._slots = Slots()
         self._addresses = AddressCounts()
         self._own: frozenset[Address] = frozenset()
+
+    def close(self) -> None:
+        """Let go of the programs; what is attached goes on."""
+        self._programs.close()
 
     @property
     def connections(self) -> Connections:

@@ -14,8 +14,6 @@ from podwire.datapath.ebpf.layout import (
     mapped,
 )
 from podwire.datapath.ebpf.programs import Programs
-from podwire.kernel import link as links
-from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address
 from podwire.services import FrontendKind, ServicePort, Settings
 
@@ -91,8 +89,7 @@ def write_settings(programs: Programs, settings: Settings) -> None:
 
 def _mark_interfaces(programs: Programs, pattern: str) -> None:
     """Detect-local by interface: the ports of a bridge count as the bridge."""
-    with NetlinkSocket() as netlink:
-        found = {one.index: one for one in links.dump(netlink)}
+    found = programs.dump_links()
     interfaces = programs.maps["interfaces"]
     for index, one in found.items():
         names = [one.name, *([found[one.master].name] if one.master in found else [])]
