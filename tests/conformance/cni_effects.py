@@ -182,9 +182,12 @@ def spoofed_frame_passes(host: Namespace, pod: Namespace, ifname: str, bridge: s
     return False
 
 
-def mentions(host: Live, texts: list[str]) -> Iterator[str]:
-    """Pod addresses that are still named in some rule or element."""
-    rules = host.rule_text()
+def mentions(host: Live, texts: list[str], *, living: bool) -> Iterator[str]:
+    """Pod addresses that are still named in some rule or element.
+
+    A pod that is `living`, and lost only a part of a chain, stays bound to its address.
+    """
+    rules = host.rule_text(bridge=not living)
     for text in texts:
         if text in rules:
             yield f"the rules still name {text}"

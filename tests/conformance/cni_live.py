@@ -62,9 +62,10 @@ class Live:
                 return [_vlan(vlan) for vlan in each.get("vlans", [])]
         return []
 
-    def rule_text(self) -> str:
-        """Every rule and element of nf_tables and of iptables."""
-        parts = [self._namespace.run("nft", "list", "ruleset")]
+    def rule_text(self, *, bridge: bool) -> str:
+        """Every rule and element of nf_tables (the bridge family's too) and of iptables."""
+        families = ("ip", "ip6", "inet", *(["bridge"] if bridge else []))
+        parts = [self._namespace.run("nft", "list", "ruleset", family) for family in families]
         for program in ("iptables-save", "ip6tables-save"):
             done = self._namespace.shell(f"{program} 2>/dev/null || true")
             parts.append(done.stdout)

@@ -301,7 +301,7 @@ class Run:
         present = any("contains" in each for each in rules.values())
         ips = self._pod_ips()
         if not present:
-            yield from effects.mentions(Live(self.host), ips)
+            yield from effects.mentions(Live(self.host), ips, living=bool(self._keys()))
         plain = [ip for ip in ips if self._pod_has(ip)]
         if "portMappings" in self.config.get("runtimeConfig", {}):
             yield from effects.host_ports(
@@ -341,7 +341,7 @@ class Run:
         container = self.environment.get("CNI_CONTAINERID")
         if any(key.container == container for key in self._keys()):
             yield f"a lease of {container} is left"
-        yield from effects.mentions(Live(self.host), self._pod_ips())
+        yield from effects.mentions(Live(self.host), self._pod_ips(), living=bool(self._keys()))
 
     # --- looking ----------------------------------------------------------------------------------
 
