@@ -27,12 +27,10 @@ INVALID_CONFIG = 7
 INVALID_NETNS = 8
 TRY_AGAIN = 11
 NOT_AVAILABLE = 50
-LIMITED = 51
 # 100 and above are the plugin's own.
 KERNEL_REFUSED = 100
 DIFFERS = 101  # CHECK: the live state is not what ADD left
 ADDRESS_TAKEN = 102
-CONFLICT = 103  # a name or gateway address belongs to something else
 NOT_EXPRESSIBLE = 104  # the result does not fit the requested version
 INTERNAL = 110
 
