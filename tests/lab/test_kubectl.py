@@ -286,6 +286,19 @@ spec: {podSelector: {}, ingress: [{from: [{ipBlock: {cidr: 10.0.0.5/8}}]}]}
     assert "AlreadyExists" in shop.kubectl("create", "-f", "-", stdin=SHOP, fails=True)
 
 
+def test_create_expose_run(shop):
+    """Typed commands: kubectl sends these in protobuf from 1.32 on."""
+    shop.kubectl("create", "deployment", "api", "--image=api:1", "--port=80", "-n", "shop")
+    shop.kubectl("expose", "deployment", "api", "--port=80", "-n", "shop")
+    shop.kubectl("create", "configmap", "settings", "--from-literal=a=b", "-n", "shop")
+    shop.kubectl("create", "service", "clusterip", "other", "--tcp=81:8081", "-n", "shop")
+    shop.kubectl("run", "tool", "--image=tool", "-n", "shop")
+    shop.kubectl("rollout", "status", "deployment/api", "-n", "shop", "--timeout=20s")
+    assert shop.get("configmap", "settings", "-n", "shop")["data"] == {"a": "b"}
+    (port,) = shop.get("service", "other", "-n", "shop")["spec"]["ports"]
+    assert (port["port"], port["targetPort"]) == (81, 8081)
+
+
 def test_logs_and_exec_say_where_they_are(shop):
     shop.kubectl("rollout", "status", "deployment/web", "-n", "shop", "--timeout=20s")
     (pod, *_) = shop.kubectl("get", "pods", "-n", "shop", "-o", "name").split()

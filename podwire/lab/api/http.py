@@ -13,6 +13,7 @@ from aiohttp import web
 from podwire.errors import PodwireError
 from podwire.kube.objects import Json
 from podwire.lab import tree
+from podwire.lab.api import protobuf
 from podwire.lab.api import status as errors
 from podwire.lab.api.discovery import Discovery
 from podwire.lab.api.listing import Shape, list_body, parse_query, stream
@@ -250,6 +251,8 @@ async def _body(request: web.BaseRequest) -> Any:
     """The decoded body. Raises StatusError: 415 for forms we do not speak, 400 for bad ones."""
     content_type = request.content_type
     raw = await request.content.read()  # not request.read(): a bulk apply has no size limit
+    if content_type == protobuf.MEDIA_TYPE:
+        return protobuf.decode(raw)
     try:
         if content_type in (APPLY_PATCH, "application/yaml"):
             return yaml.load(raw, Loader=_YAML)
