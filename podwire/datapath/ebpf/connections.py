@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from podwire.datapath.ebpf.layout import COLLECT, CONNECTION, FLOW, CollectMode, unmapped
+from podwire.datapath.ebpf.layout import COLLECT, CONNECTION, FLOW, NUMBER, CollectMode, unmapped
 from podwire.datapath.ebpf.programs import Programs
 from podwire.net import Address
 
+log = logging.getLogger(__name__)
+
+LIMIT = 2 << 20
+"""Entries beyond which the table does not grow: 1,048,576 connections, as kube-proxy's cap."""
+_CURRENT, _RETIRING = NUMBER.pack(0), NUMBER.pack(1)
 ESTABLISHED_S = 86400  # kube-proxy's --conntrack-tcp-timeout-established
 DATAGRAM_S = 120
 
@@ -41,6 +47,33 @@ class Connections:
         """Remove what has been silent for too long: TCP a day, closed TCP 30 s, UDP 30 to 120 s."""
         self._run("collect_affinities", CollectMode.EXPIRE)
         return self._run("collect", CollectMode.EXPIRE)
+
+    def maintain(self) -> Collected:
+        """Remove what is old, and grow when three quarters are taken. Call every few seconds."""
+        done = self.expire()
+        held, capacity = done.walked - done.removed, self.capacity
+        if 4 * held > 3 * capacity:
+            if capacity < LIMIT:
+                self.grow(2 * capacity)
+            else:
+                log.warning("the connection table is nearly full: %d of %d", held, capacity)
+        return done
+
+    @property
+    def capacity(self) -> int:
+        """Entries that fit now; a connection has two."""
+        return self._programs.growing["connections"].capacity
+
+    def grow(self, capacity: int) -> None:
+        """Put a larger table in place. Programs look into both until all entries have moved."""
+        outer = self._programs.maps["connections"]
+        growing = self._programs.growing["connections"]
+        old = growing.map
+        outer.update(_RETIRING, NUMBER.pack(old.fd))
+        growing.exchange(capacity)
+        self._run("collect", CollectMode.MOVE)
+        outer.delete(_RETIRING)
+        old.close()
 
     def forget(self, members: Sequence[bytes]) -> Collected:
         """End UDP flows to these backends (keys of the `members` map, local 0)."""

@@ -43,6 +43,11 @@ class GrowingMap:
         self._put()
         old.close()
 
+    def exchange(self, capacity: int) -> None:
+        """Put an empty map of this capacity in place; the caller keeps the old one."""
+        self.map = self._make(capacity)
+        self._put()
+
     def write(self, entries: Mapping[bytes, bytes], added: int) -> None:
         """Write entries, of which `added` have keys that the map does not hold yet."""
         if entries:

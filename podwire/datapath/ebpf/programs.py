@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -103,6 +104,8 @@ class Programs:
         self._detect = DetectBy.NONE
         self.maps: dict[str, Map] = {}
         self.growing: dict[str, GrowingMap] = {}
+        self.lock = threading.RLock()
+        """Held by whoever uses programs or maps while others may replace them."""
 
     @property
     def netns_fd(self) -> int | None:
@@ -127,13 +130,14 @@ class Programs:
         lacking = features.missing()
         if lacking:
             raise Unsupported(f"the eBPF data path needs {lacking[0]}")
-        self._features.add(feature)
-        try:
-            self._load()
-        except BaseException:
-            self._features.discard(feature)
-            raise
-        self.sync_links()
+        with self.lock:
+            self._features.add(feature)
+            try:
+                self._load()
+            except BaseException:
+                self._features.discard(feature)
+                raise
+            self.sync_links()
 
     def add_pod(self, ifindex: int) -> None:
         """The host's end of a pod's veth is to be treated as one."""
@@ -205,12 +209,15 @@ class Programs:
 
     def close(self) -> None:
         """Let go of descriptors; what is pinned goes on working."""
-        for loaded in self._objects.values():
-            loaded.close()
-        for link in self._links.values():
-            link.close()
-        self._objects, self._links, self.maps, self.growing = {}, {}, {}, {}
-        self._features.clear()
+        with self.lock:
+            for loaded in self._objects.values():
+                loaded.close()
+            for link in self._links.values():
+                link.close()
+            for growing in self.growing.values():
+                growing.map.close()
+            self._objects, self._links, self.maps, self.growing = {}, {}, {}, {}
+            self._features.clear()
 
     def cleanup(self) -> None:
         """Detach and forget everything of this node, whoever made it."""
@@ -229,6 +236,8 @@ class Programs:
         self.maps = {name: map for o in loaded.values() for name, map in o.maps.items()}
         for name, (kind, key, value, entries) in _GROWING.items():
             size = self._capacity if name == "connections" else entries
+            if name in self.growing:
+                self.growing[name].map.close()
             self.growing[name] = GrowingMap(name, self.maps[name], kind, key, value, size)
         self._adopt_links()
         if self._cgroup and "services" in self._features:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from podwire.datapath import Requirement
 from podwire.datapath.ebpf import spelling
 from podwire.datapath.ebpf.connections import Connections
+from podwire.datapath.ebpf.housekeeping import Housekeeping
 from podwire.datapath.ebpf.layout import BACKEND, FRONTEND, MEMBER_KEY, NUMBER, mapped
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.settings import AddressCounts, write_settings
@@ -72,6 +73,7 @@ class ServicesPart:
         programs: Programs | None = None,
     ) -> None:
         self._programs = programs or Programs(netns_fd=netns_fd)
+        self._housekeeping = Housekeeping(self._programs)
         self._table: ServiceTable | None = None
         self._leases: dict[ServicePortName, Lease] = {}
         self._next_service = 1
@@ -81,6 +83,7 @@ class ServicesPart:
 
     def close(self) -> None:
         """Let go of the programs; what is attached goes on."""
+        self._housekeeping.stop()
         self._programs.close()
 
     @property
@@ -91,29 +94,36 @@ class ServicesPart:
     def start(self) -> None:
         """Load and attach. Raises Unsupported or KernelError."""
         self._programs.enable("services")
+        self._housekeeping.start()
 
     def apply(self, table: ServiceTable) -> None:
         """Make the maps hold `table`."""
-        delta = table.delta(self._table)
-        if delta.settings:
-            self._apply_settings(table.settings)
-        if self._table is None:
-            self._adopt(table)
-        else:
+        with self._programs.lock:
+            delta = table.delta(self._table)
             if delta.settings:
-                self._rewrite(self._table.ports, table.settings)
-            if delta.ports:
-                self._change(delta.ports, table.settings)
-        self._table = table
+                self._apply_settings(table.settings)
+            if self._table is None:
+                self._adopt(table)
+            else:
+                if delta.settings:
+                    self._rewrite(self._table.ports, table.settings)
+                if delta.ports:
+                    self._change(delta.ports, table.settings)
+            self._table = table
 
     def flush(self) -> None:
         """Make slots of lists that are gone available again, after a grace period."""
-        if self._slots.waiting:
-            self._programs.growing["frontends"].settle()
-            self._slots.settle()
+        with self._programs.lock:
+            if self._slots.waiting:
+                self._programs.growing["frontends"].settle()
+                self._slots.settle()
 
     def verify(self) -> list[str]:
         """Compare the maps with the table, repair, and name each repair."""
+        with self._programs.lock:
+            return self._verify()
+
+    def _verify(self) -> list[str]:
         repairs = [f"attached to new interface {i}" for i in self._programs.sync_links()]
         if self._table is None:
             return repairs
@@ -124,6 +134,8 @@ class ServicesPart:
         return repairs
 
     def cleanup(self) -> None:
+        """Detach and remove everything of this node."""
+        self._housekeeping.stop()
         self._programs.cleanup()
         self._table = None
 

@@ -1,0 +1,42 @@
+"""What must happen every few seconds, whatever else the agent does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from podwire.datapath.ebpf.connections import Connections
+from podwire.datapath.ebpf.programs import Programs
+from podwire.errors import PodwireError
+
+log = logging.getLogger(__name__)
+_INTERVAL_S = 5.0
+
+
+class Housekeeping:
+    """A thread that ages connections and lets their table grow."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self._thread is None:
+            self._stopped.clear()
+            self._thread = threading.Thread(target=self._run, name="bpf-housekeeping", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        if self._thread is not None:
+            self._stopped.set()
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while not self._stopped.wait(_INTERVAL_S):
+            try:
+                with self._programs.lock:
+                    Connections(self._programs).maintain()
+            except PodwireError as error:
+                log.error("housekeeping of the connection table: %s", error)

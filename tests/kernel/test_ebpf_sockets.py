@@ -1,0 +1,173 @@
+"""Services at the socket, in a cgroup of the test's own: TCP and UDP, both families."""
+
+import contextlib
+import os
+import signal
+import socket
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.services import ServicesPart
+from podwire.kernel import netns
+from podwire.kernel.bpf import features
+from podwire.net import Protocol
+from tests.kernel.ebpf_world import NODE, POD, REMOTE, World
+from tests.kernel.test_ebpf_services import KINDS, VIP, make_port, make_table
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+    pytest.mark.skipif(features.has_cgroup2() is None, reason="no cgroup v2"),
+]
+
+
+@pytest.fixture(scope="module")
+def world():
+    group = features.has_cgroup2() / f"pwt-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    group.mkdir()
+    with contextlib.ExitStack() as closing:
+        closing.callback(group.rmdir)
+        made = closing.enter_context(World())
+        made.group = group
+        programs = Programs(made.name, made.spaces["node"], cgroup=group)
+        made.part = ServicesPart(programs=programs)
+        closing.callback(made.part.cleanup)
+        made.part.start()
+        for family in (4, 6):
+            for kind in KINDS.values():
+                for space, addresses in (("pod1", POD[1]), ("outside", REMOTE), ("node", NODE)):
+                    made.serve(space, addresses[family], 80, kind)
+        yield made
+
+
+def inside(world, space, function):
+    """What `function` returns in a child process in the cgroup and the namespace."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(20)
+            (world.group / "cgroup.procs").write_text(str(os.getpid()))
+            netns.enter(world.spaces[space])
+            answer = repr(function())
+        except BaseException as error:
+            answer = repr(repr(error))
+        os.write(writer, answer.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        answer = file.read()
+    os.waitpid(child, 0)
+    return eval(answer)
+
+
+def opened(family, kind):
+    client = socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, kind)
+    client.settimeout(3)
+    return client
+
+
+def kernel_peer(client, kind):
+    """The remote end as /proc/net knows it, which no hook embellishes."""
+    table = {socket.SOCK_STREAM: "tcp", socket.SOCK_DGRAM: "udp"}[kind]
+    name = table if client.family == socket.AF_INET else f"{table}6"
+    inode = os.fstat(client.fileno()).st_ino
+    with open(f"/proc/thread-self/net/{name}") as file:
+        row = next(line.split() for line in file if line.split()[9] == str(inode))
+    address, _, port = row[2].partition(":")
+    words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+    return socket.inet_ntop(client.family, b"".join(words)), int(port, 16)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("protocol", list(KINDS))
+@pytest.mark.parametrize("space", ["pod2", "node"])
+def test_a_socket_is_connected_to_the_backend_and_does_not_know(world, family, protocol, space):
+    kind = KINDS[protocol]
+    both = {"family": family, "protocol": protocol}
+    world.part.apply(make_table([make_port("web", 80, [REMOTE[family]], **both)]))
+
+    def talk():
+        with opened(family, kind) as client:
+            client.connect((VIP[family], 80))
+            client.send(b"who")
+            answer = client.recvfrom(100)[0].decode().split()[0]
+            return answer, client.getpeername()[:2], kernel_peer(client, kind)
+
+    answer, peer, wire = inside(world, space, talk)
+    assert answer == REMOTE[family]
+    assert peer == (VIP[family], 80)
+    assert wire == (REMOTE[family], 80)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_an_unconnected_socket_stays_with_one_backend_until_it_goes(world, family):
+    both = {"family": family, "protocol": Protocol.UDP}
+    world.part.apply(make_table([make_port("dns", 80, [POD[1][family], REMOTE[family]], **both)]))
+    (paused, pause), (go_on, resume) = os.pipe(), os.pipe()
+
+    def talk():
+        seen = []
+        with opened(family, socket.SOCK_DGRAM) as client:
+            for turn in range(12):
+                if turn == 6:
+                    os.write(pause, b"x")
+                    os.read(go_on, 1)
+                client.sendto(b"who", (VIP[family], 80))
+                data, sender = client.recvfrom(100)
+                seen.append((data.decode().split()[0], sender[:2]))
+        return seen
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(inside, world, "pod2", talk)
+        os.read(paused, 1)
+        world.part.apply(make_table([make_port("dns", 80, [POD[1][family]], **both)]))
+        os.write(resume, b"x")
+        seen = answer.result(timeout=20)
+    for fd in (paused, pause, go_on, resume):
+        os.close(fd)
+    assert {sender for _, sender in seen} == {(VIP[family], 80)}
+    assert len({server for server, _ in seen[:6]}) == 1
+    assert {server for server, _ in seen[6:]} == {POD[1][family]}
+
+
+def test_refused_at_once_without_endpoints(world):
+    both = {"family": 4, "protocol": Protocol.TCP}
+    world.part.apply(make_table([make_port("none", 82, [], **both)]))
+
+    def attempt():
+        with opened(4, socket.SOCK_STREAM) as client:
+            return client.connect_ex((VIP[4], 82))
+
+    assert inside(world, "pod2", attempt) == 111
+
+
+def test_an_ipv6_socket_reaches_an_ipv4_service(world):
+    both = {"family": 4, "protocol": Protocol.TCP}
+    world.part.apply(make_table([make_port("web", 80, [POD[1][4]], **both)]))
+
+    def talk():
+        with opened(6, socket.SOCK_STREAM) as client:
+            client.connect((f"::ffff:{VIP[4]}", 80))
+            client.send(b"who")
+            return client.recv(100).decode().split()[0], client.getpeername()[0]
+
+    assert inside(world, "node", talk) == (POD[1][4], f"::ffff:{VIP[4]}")
+
+
+def test_what_needs_masquerading_is_left_to_the_packet_path(world):
+    both = {"family": 4, "protocol": Protocol.TCP}
+    world.part.apply(make_table([make_port("web", 80, [POD[1][4]], **both)]))
+
+    def talk():
+        with opened(4, socket.SOCK_STREAM) as client:
+            client.connect((NODE[4], 30080))
+            client.send(b"who")
+            return client.recv(100).decode().split(), kernel_peer(client, socket.SOCK_STREAM)
+
+    (server, seen), wire = inside(world, "pod2", talk)
+    assert (server, wire) == (POD[1][4], (NODE[4], 30080))
+    assert seen != POD[2][4]
