@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from podwire import __version__
+from podwire.agent import handover, parts
 from podwire.agent import node as own_node
-from podwire.agent import parts
 from podwire.agent.control import ControlServer
 from podwire.agent.endpoints import Endpoints, Health
 from podwire.agent.logs import event
@@ -136,6 +136,7 @@ class Agent:
         self._loop.wake()
         await self._loop.step()
         self._ready = True
+        await asyncio.to_thread(self._take_over, built)
         if cni is not None:
             await asyncio.to_thread(cni.start)
             stack.callback(cni.stop)
@@ -152,6 +153,20 @@ class Agent:
             group.create_task(KernelWatch(watchers, self._repaired).run())
             for task in built.tasks:
                 group.create_task(task(self))
+
+    def _take_over(self, built: parts.Built) -> None:
+        """Ours is complete: what an earlier data path of ours or kube-proxy left may go."""
+        if any(sync.error for sync in self._syncs):
+            return
+        try:
+            for name, leftover in parts.other_paths(self.options, built.datapath):
+                leftover.cleanup()
+                event(log, logging.DEBUG, "no other data path is left", part=name)
+            if "services" in self.options.parts:
+                handover.remove_kube_proxy()
+        except PodwireError as error:
+            self._reasons.append(f"leftovers of another data path remain: {error}")
+            event(log, logging.WARNING, "leftovers remain", error=error)
 
     async def _own_node(self) -> Node:
         """The own Node object, with what the parts need of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,11 +203,13 @@ def _add_cni(
         built.requirements += BRIDGE_NETFILTER
 
 
+def other_paths(options: Options, datapath: str) -> Iterator[tuple[str, Part[Any]]]:
+    """The parts of data paths that do not run here, whose leftovers go once ours is complete."""
+    yield from ()
+
+
 def all_paths(options: Options) -> Iterator[tuple[str, Part[Any]]]:
     """Every part that this or another data path may have left in the kernel, for `--cleanup`."""
     yield "routes", NodeRoutes()
     yield "masquerade", NodesPart()
     yield "services", ServicesPart(ProxyConfig())
-
-
-__all__: Sequence[str] = ("BRIDGE", "Built", "all_paths", "build", "kinds", "missing")

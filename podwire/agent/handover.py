@@ -1,0 +1,88 @@
+"""Taking Services over from kube-proxy: once ours are complete, its rules go.
+
+While both are in the kernel either may translate a new connection, to the same backends.
+Connections that kube-proxy translated go on: conntrack keeps their addresses. What is removed is
+told by kube-proxy's fixed names (kubernetes pkg/proxy/nftables/proxier.go: tables ``kube-proxy``;
+pkg/proxy/iptables/proxier.go: chains ``KUBE-…``), so nothing of anybody else goes.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable
+
+from podwire.agent.logs import event
+from podwire.errors import KernelError
+from podwire.kernel import netns
+from podwire.kernel.nftables import IP, IP6, NfTables
+
+log = logging.getLogger("podwire.agent.handover")
+
+TABLE = "kube-proxy"
+# Chains that kubelet or a network plugin owns although they carry the prefix.
+_NOT_KUBE_PROXYS = ("KUBE-KUBELET-CANARY", "KUBE-ROUTER", "KUBE-POD-FW", "KUBE-NWPLCY")
+_TOOLS = ("iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft")
+
+
+def remove_kube_proxy() -> list[str]:
+    """What was removed, in words. Raises KernelError."""
+    removed: list[str] = []
+    with NfTables() as nft:
+        for family, word in ((IP, "ip"), (IP6, "ip6")):
+            if TABLE in nft.tables(family):
+                nft.run(f"delete table {word} {TABLE}\n")
+                removed.append(f"nftables table {word} {TABLE}")
+    for tool in _TOOLS:
+        if shutil.which(f"{tool}-save"):
+            removed += _remove_chains(tool)
+    for what in removed:
+        event(log, logging.INFO, "removed what kube-proxy left", what=what)
+    return removed
+
+
+def _remove_chains(tool: str) -> list[str]:
+    dump = netns.run(None, [f"{tool}-save"], timeout_s=60)
+    if dump.returncode != 0 or ":KUBE-" not in dump.stdout:
+        return []
+    script, count = removal_script(dump.stdout.splitlines())
+    if not count:
+        return []
+    done = netns.run(
+        None, [f"{tool}-restore", "--noflush", "-w", "10"], stdin=script, timeout_s=120
+    )
+    if done.returncode != 0:
+        raise KernelError(f"{tool}-restore refused to remove kube-proxy's chains: {done.stderr}")
+    return [f"{count} chains of {tool}"]
+
+
+def removal_script(dump: Iterable[str]) -> tuple[str, int]:
+    """Input for ``iptables-restore --noflush`` that removes kube-proxy's chains; how many.
+
+    `dump` is what ``iptables-save`` prints. Rules of other chains that jump into kube-proxy's go
+    first, then the chains are emptied (they jump to each other), then removed.
+    """
+    out: list[str] = []
+    ours: list[str] = []
+    jumps: list[str] = []
+    table, count = "", 0
+    for line in dump:
+        if line.startswith("*"):
+            ours, jumps = [], []
+            table = line
+        elif line.startswith(":") and _is_kube_proxys(line[1:].split()[0]):
+            ours.append(line[1:].split()[0])
+        elif line.startswith("-A "):
+            words = line.split()
+            target = words[words.index("-j") + 1] if "-j" in words else ""
+            if not _is_kube_proxys(words[1]) and _is_kube_proxys(target):
+                jumps.append("-D " + line[3:])
+        elif line == "COMMIT" and ours:
+            count += len(ours)
+            out += [table, *(f":{name} - [0:0]" for name in ours), *jumps]
+            out += [*(f"-X {name}" for name in ours), "COMMIT"]
+    return "\n".join(out) + "\n", count
+
+
+def _is_kube_proxys(chain: str) -> bool:
+    return chain.startswith("KUBE-") and not chain.startswith(_NOT_KUBE_PROXYS)
