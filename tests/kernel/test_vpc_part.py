@@ -218,7 +218,7 @@ def test_bits_of_others_stay(node: Node, part: VpcPart) -> None:
     nft(
         node.node,
         """table ip foreign {
-          chain before { type filter hook prerouting priority -300;
+          chain before { type filter hook prerouting priority -160;
             iifname "eni0" meta mark set 0x5500
             iifname "eni0" ct state new ct mark set 0x4000
           }
