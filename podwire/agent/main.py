@@ -135,6 +135,8 @@ class Agent:
         built.serve(self.control, self.store, self._loop)
         self._loop.wake()
         await self._loop.step()
+        for prepare in built.preparing:
+            await prepare()
         self._ready = True
         await asyncio.to_thread(self._take_over, built)
         if cni is not None:

@@ -10,6 +10,7 @@ from podwire.kube.objects import Node
 from podwire.net import Address, Prefix, parse_address, parse_prefix
 from podwire.services import DetectLocal, NodeFacts, ProxyConfig
 
+POD_LINKS = "eni"  # how the host ends of pods' links begin in VPC mode
 _ZONE = "topology.kubernetes.io/zone"
 _EVICTING = "ToBeDeletedByClusterAutoscaler"
 
@@ -61,6 +62,8 @@ def proxy_config(options: Options, node: Node) -> ProxyConfig:
 
 def _detect_local(options: Options, node: Node) -> DetectLocal:
     match options.detect_local_mode:
+        case "" if options.wiring == "vpc":  # addresses of the VPC say nothing about the node
+            return DetectLocal(interface=f"{POD_LINKS}*")
         case "":
             # cluster CIDRs where they are given, as kube-proxy; else where this node's pods live
             prefixes = tuple(parse_prefix(text) for text in options.cluster_cidrs)

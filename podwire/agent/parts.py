@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from podwire.agent import node as own_node
@@ -14,15 +16,20 @@ from podwire.agent.loop import Loop
 from podwire.agent.options import Options
 from podwire.agent.pods import Pods
 from podwire.agent.sync import Sync
+from podwire.agent.vpc import VpcMode
 from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.datapath import Part, Requirement
 from podwire.datapath.nftables.nodes import NodesPart
 from podwire.datapath.nftables.services import ServicesPart
+from podwire.datapath.nftables.vpc import VpcPart
 from podwire.errors import Unsupported
+from podwire.ipam.vpc.settings import read_settings
+from podwire.ipam.vpc.threads import POOL as VPC_POOL
 from podwire.kube.objects import (
     ClusterNetworkPolicy,
     EndpointSlice,
+    ENIConfig,
     Namespace,
     NetworkPolicy,
     Node,
@@ -69,6 +76,9 @@ class Built:
     watchers: list[Callable[[Loop], Watcher]] = field(
         default_factory=list[Callable[[Loop], Watcher]]
     )
+    preparing: list[Callable[[], Coroutine[Any, Any, None]]] = field(
+        default_factory=list[Callable[[], Coroutine[Any, Any, None]]]
+    )  # awaited before pods are served
     tasks: list[Callable[[Any], Coroutine[Any, Any, None]]] = field(
         default_factory=list[Callable[[Any], Coroutine[Any, Any, None]]]
     )
@@ -86,6 +96,8 @@ def kinds(options: Options) -> tuple[Kind, ...]:
         found |= dict.fromkeys(SERVICE_KINDS)
     if "policy" in options.parts:
         found |= dict.fromkeys(POLICY_KINDS)
+    if options.wiring == "vpc" and read_settings(os.environ).custom_networking:
+        found[ENIConfig] = None
     return tuple(found)
 
 
@@ -95,6 +107,8 @@ def missing(options: Options, node: Node | None) -> str:
         return "no Node object of this name"
     if "services" in options.parts and not own_node.internal_ips(node):
         return "the Node has no InternalIP"
+    if options.wiring == "vpc":
+        return ""
     if "cni" in options.parts and not own_node.pod_cidrs(node):
         return "the Node has no podCIDR (does the controller manager allocate node CIDRs?)"
     return ""
@@ -102,7 +116,7 @@ def missing(options: Options, node: Node | None) -> str:
 
 def must_restart(options: Options, old: Node | None, new: Node | None) -> bool:
     """Whether the rules were built for pod CIDRs that the node no longer has (as kube-proxy)."""
-    if old is None or new is None or "services" not in options.parts:
+    if old is None or new is None or "services" not in options.parts or options.wiring == "vpc":
         return False
     by_node_cidr = options.detect_local_mode in ("NodeCIDR", "") and not options.cluster_cidrs
     return by_node_cidr and own_node.pod_cidrs(old) != own_node.pod_cidrs(new)
@@ -111,7 +125,7 @@ def must_restart(options: Options, old: Node | None, new: Node | None) -> bool:
 def build(options: Options, node: Node) -> Built:
     """The rooms for these options. Raises Unsupported, ConfigError."""
     built = Built(_datapath(options))
-    if "nodes" in options.parts:
+    if "nodes" in options.parts and options.wiring != "vpc":  # the VPC routes between nodes
         _add_nodes(built, options)
     if "services" in options.parts:
         _add_services(built, options, node)
@@ -182,6 +196,7 @@ def _add_cni(
     policy: tuple[PolicyCompiler, Sync[PolicyTable]] | None,
 ) -> None:
     routes = next((s.path for s in built.syncs if isinstance(s.path, NodeRoutes)), None)
+    vpc = VpcMode(options) if options.wiring == "vpc" else None
 
     def make(loop: Loop, store: Store, synced: Callable[[], bool]) -> Pods:
         def config() -> NodeConfig:
@@ -189,16 +204,25 @@ def _add_cni(
             return NodeConfig(
                 bridge=BRIDGE,
                 pod_cidrs=own_node.pod_cidrs(own) or own_node.pod_cidrs(node),
-                mtu=options.mtu or (routes.pod_mtu() if routes is not None else 0),
+                mtu=options.mtu or _mtu(vpc, routes),
                 hairpin=True,
                 default_gateway=True,
                 wiring="bridge" if options.wiring == "bridge" else "routed",
+                pool=VPC_POOL if vpc is not None else "",
             )
 
         gate = Admission(loop, store, synced, *policy) if policy is not None else None
-        return Pods(options, config, gate)
+        pods = Pods(options, config, gate, vpc)
+        if vpc is not None:
+            built.preparing.append(partial(vpc.start, store))
+        return pods
 
     built.cni = make
+    if vpc is not None:
+        built.requirements += FORWARDING
+        built.serving.append(lambda control, store, loop: vpc.serve(control))
+        built.watchers.append(lambda loop: vpc.watcher())
+        built.tasks.append(lambda agent: vpc.run())
     if options.wiring == "bridge":
         built.requirements += BRIDGE_NETFILTER
 
@@ -208,8 +232,15 @@ def other_paths(options: Options, datapath: str) -> Iterator[tuple[str, Part[Any
     yield from ()
 
 
+def _mtu(vpc: VpcMode | None, routes: NodeRoutes | None) -> int:
+    if vpc is not None:
+        return vpc.mtu
+    return routes.pod_mtu() if routes is not None else 0
+
+
 def all_paths(options: Options) -> Iterator[tuple[str, Part[Any]]]:
     """Every part that this or another data path may have left in the kernel, for `--cleanup`."""
     yield "routes", NodeRoutes()
     yield "masquerade", NodesPart()
     yield "services", ServicesPart(ProxyConfig())
+    yield "vpc", VpcPart()

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from podwire.agent.logs import event
 from podwire.agent.options import Options
+from podwire.agent.vpc import VpcMode
 from podwire.agent.watch import Watcher
 from podwire.cni import assembly, conflist
 from podwire.cni.plan import NodeConfig
@@ -51,6 +52,7 @@ class Pods:
         options: Options,
         node: Callable[[], NodeConfig],
         gate: Gate | None,
+        vpc: VpcMode | None = None,
     ) -> None:
         self._options = options
         self._serving = False
@@ -58,10 +60,15 @@ class Pods:
         self.guard = _guard(options.wiring)
         if gate is not None:
             gate.restore(self._state.attachments())
-        self._routed = RoutedWiring() if options.wiring != "bridge" else None
+        if vpc is not None:
+            vpc.remember(self._state)
+        self._routed: RoutedWiring | None = None
+        if options.wiring != "bridge":
+            self._routed = vpc.wiring if vpc is not None else RoutedWiring()
         lifecycle = assembly.assemble(
             self._state,
             node=node,
+            pool=vpc.pool if vpc is not None else None,
             guard=self.guard if isinstance(self.guard, SpoofGuard) else None,
             wirings={"routed": self._routed} if self._routed is not None else None,
             admit=gate.admit if gate else _nobody_asks,

@@ -45,6 +45,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     default_gateway: bool = False
     wiring: str = "bridge"
     """Which wiring makes links that are not asked for as ptp."""
+    pool: str = ""
+    """A pool that needs no ranges and stands in for the pod CIDRs: the VPC's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +211,13 @@ def _with_addresses(plan: Plan, conf: NetConf, call: Call, node: NodeConfig) -> 
     pool, sets = call.network, _sets(ipam or IpamConfig(), runtime_ranges)
     requested = _requested(conf, call)
     fixed: tuple[PodAddress, ...] = ()
-    if not sets and (ipam is None or not ipam.addresses) and node.pod_cidrs and plan.role != IPAM:
+    plain = not sets and (ipam is None or not ipam.addresses) and plan.role != IPAM
+    demanded = bool(sets)
+    if plain and node.pool:
+        pool, demanded = node.pool, True
+    elif plain and node.pod_cidrs:
         pool, sets = NODE_POOL, tuple((_whole(cidr),) for cidr in node.pod_cidrs)
+        demanded = True
     elif not sets and ipam is not None:
         fixed = _fixed(ipam, requested, call.args.get("GATEWAY", ""))
         requested = ()
@@ -221,7 +228,7 @@ def _with_addresses(plan: Plan, conf: NetConf, call: Call, node: NodeConfig) -> 
         pod_route(each)
     return replace(
         plan,
-        demand=Demand(pool, sets, tuple(a.address for a in requested)) if sets else None,
+        demand=Demand(pool, sets, tuple(a.address for a in requested)) if demanded else None,
         fixed=fixed,
         routes=routes,
         dns=conf.dns or (ipam.dns if ipam else None),

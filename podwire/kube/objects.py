@@ -92,6 +92,17 @@ class Node(Resource, frozen=True, kw_only=True):
     status: NodeStatus = NodeStatus()
 
 
+class ENIConfigSpec(Object, frozen=True, kw_only=True):
+    subnet: str = ""
+    security_groups: list[str] = []
+
+
+class ENIConfig(Resource, frozen=True, kw_only=True):
+    """The subnet and security groups of pods' ENIs (crd.k8s.amazonaws.com/v1alpha1)."""
+
+    spec: ENIConfigSpec = ENIConfigSpec()
+
+
 class ContainerPort(Object, frozen=True, kw_only=True):
     name: str = ""
     container_port: int = 0

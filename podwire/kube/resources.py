@@ -31,6 +31,9 @@ ENDPOINTS: dict[type[Resource], Endpoint] = {
     objects.EndpointSlice: Endpoint("/apis/discovery.k8s.io/v1", "endpointslices"),
     objects.NetworkPolicy: Endpoint("/apis/networking.k8s.io/v1", "networkpolicies"),
     objects.ServiceCIDR: Endpoint("/apis/networking.k8s.io/v1", "servicecidrs", namespaced=False),
+    objects.ENIConfig: Endpoint(
+        "/apis/crd.k8s.amazonaws.com/v1alpha1", "eniconfigs", namespaced=False
+    ),
     objects.ClusterNetworkPolicy: Endpoint(
         "/apis/policy.networking.k8s.io/v1alpha2", "clusternetworkpolicies", namespaced=False
     ),

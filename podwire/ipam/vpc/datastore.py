@@ -73,7 +73,7 @@ class DataStore(Generic[OwnerT]):
         self.turn = 0  # counts our own changes: tells answers from before them from later ones
         self._assignments: dict[OwnerT, Assignment[OwnerT]] = {}
         self._homes: dict[Prefix, str] = {}
-        self._clock, self._cooldown_s = clock, cooldown_s
+        self._clock, self.cooldown_s = clock, cooldown_s
 
     # -- owners -----------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ class DataStore(Generic[OwnerT]):
         """The owner's address rests from now on; None when there was none."""
         assignment = self.cancel(owner)
         if assignment is not None:
-            self.cooling[assignment.address] = self._clock() + self._cooldown_s
+            self.cooling[assignment.address] = self.rest_until()
         return assignment
 
     def cancel(self, owner: OwnerT) -> Assignment[OwnerT] | None:
@@ -112,6 +112,10 @@ class DataStore(Generic[OwnerT]):
         if assignment is not None:
             del self.owners[assignment.address]
         return assignment
+
+    def rest_until(self) -> float:
+        """When an address that is released now will be free again."""
+        return self._clock() + self.cooldown_s
 
     def wake(self) -> float | None:
         """End the rests that are over; returns when the next one is, if any."""

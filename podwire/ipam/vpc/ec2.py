@@ -7,6 +7,7 @@ business alone, so boto3's are off.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -162,17 +163,36 @@ class Ec2:
                 self._observe(operation, time.monotonic() - start, code)
 
 
+class LateInvoke:
+    """`boto_invoke` for a region that becomes known later. Raises Unsupported without boto3."""
+
+    def __init__(self, endpoint_url: str = "") -> None:
+        _need_boto3()
+        self.region = ""
+        self._endpoint_url = endpoint_url
+        self._invoke: Invoke | None = None
+
+    async def __call__(self, operation: str, parameters: Mapping[str, Any]) -> Any:
+        if self._invoke is None:  # reading boto3's description of EC2 takes a third of a second
+            self._invoke = await asyncio.to_thread(boto_invoke, self.region, self._endpoint_url)
+        return await self._invoke(operation, parameters)
+
+
+def _need_boto3() -> None:
+    if importlib.util.find_spec("boto3") is None:
+        raise Unsupported("VPC mode needs boto3: pip install 'podwire[vpc]'")
+
+
 def boto_invoke(region: str, endpoint_url: str = "", timeout_s: float = 15.0) -> Invoke:
     """The transport through boto3, each request in a thread. Raises Unsupported without boto3.
 
     Credentials come from boto3's own chain (environment, web identity, instance role).
     """
-    try:
-        import boto3
-        import botocore.config
-        import botocore.exceptions
-    except ImportError:
-        raise Unsupported("VPC mode needs boto3: pip install 'podwire[vpc]'") from None
+    _need_boto3()
+    import boto3
+    import botocore.config
+    import botocore.exceptions
+
     config = botocore.config.Config(
         connect_timeout=5,
         read_timeout=timeout_s,

@@ -35,13 +35,13 @@ class LinkMissing(PodwireError):
 class HostNetwork(Protocol):
     """The host's side. `wiring.eni` implements it; tests have one without a kernel."""
 
-    async def set_up(self, link: EniLink, timeout_s: float) -> None:
+    async def set_up(self, eni: EniLink, timeout_s: float) -> None:
         """Wait for the link with this MAC and give it addresses, routes and rules.
 
         Raises LinkMissing, KernelError.
         """
         ...
 
-    async def tear_down(self, link: EniLink) -> None:
+    async def tear_down(self, eni: EniLink) -> None:
         """Take away what `set_up` made; the link itself goes with the detach."""
         ...

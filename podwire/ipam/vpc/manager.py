@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from podwire.ipam.pool import Exhausted
 from podwire.ipam.vpc import plan
-from podwire.ipam.vpc.cloud import Cloud, CloudEni, CloudError, Metadata, MetaEni
+from podwire.ipam.vpc.cloud import Cloud, CloudEni, CloudError, Instance, Metadata, MetaEni
 from podwire.ipam.vpc.datastore import Assignment, DataStore
 from podwire.ipam.vpc.limits import PREFIX_ADDRESSES, known_limits
 from podwire.ipam.vpc.links import HostNetwork
@@ -103,13 +103,17 @@ class Manager(Generic[OwnerT]):
 
     # -- life -------------------------------------------------------------------------------
 
+    async def identify(self) -> Instance:
+        """Who we are, as the metadata service says now; waits for it."""
+        return await retried(self._metadata.instance, Backoff(self._random), PATIENCE)
+
     async def start(self) -> None:
         """Learn who we are and what EC2 holds, then keep the pool until `close`.
 
         Waits for the metadata service. While EC2 does not answer, what the metadata service shows
         is used, so that pods come and go on the addresses that are there.
         """
-        self.instance = await retried(self._metadata.instance, Backoff(self._random), PATIENCE)
+        self.instance = await self.identify()
         known = known_limits(self.instance.type)
         self.limits = known or await retried(
             lambda: self._cloud.limits(self.instance.type), Backoff(self._random), PATIENCE

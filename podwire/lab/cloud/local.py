@@ -53,16 +53,16 @@ class LocalNetwork:
         self._cloud = cloud
         self.links: dict[str, EniLink] = {}
 
-    async def set_up(self, link: EniLink, timeout_s: float) -> None:
+    async def set_up(self, eni: EniLink, timeout_s: float) -> None:
         until = self._cloud.model.clock() + timeout_s
-        while not self._there(link.mac):
+        while not self._there(eni.mac):
             if self._cloud.model.clock() >= until:
-                raise LinkMissing(f"no link with MAC {link.mac} after {timeout_s:g} s")
+                raise LinkMissing(f"no link with MAC {eni.mac} after {timeout_s:g} s")
             await asyncio.sleep(0.1)
-        self.links[link.mac] = link
+        self.links[eni.mac] = eni
 
-    async def tear_down(self, link: EniLink) -> None:
-        self.links.pop(link.mac, None)
+    async def tear_down(self, eni: EniLink) -> None:
+        self.links.pop(eni.mac, None)
 
     def _there(self, mac: str) -> bool:
         model = self._cloud.model
