@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from podwire.agent.machine import Machine
 from podwire.agent.metrics import Metrics
 from podwire.agent.options import Options
 from podwire.agent.sync import Sync
-from podwire.agent.watch import KernelWatch
+from podwire.agent.watch import KernelWatch, Watcher
 from podwire.errors import ApiError, ConfigError, PodwireError
+from podwire.kernel.address import RTM_DELADDR
 from podwire.kube import kubeconfig, snapshot
 from podwire.kube.client import Client, Selection
 from podwire.kube.objects import EndpointSlice, Node, Service
@@ -149,6 +151,9 @@ class Agent:
             group.create_task(self._watch_machine())
             group.create_task(self._save_objects())
             watchers = [make(self._loop) for make in built.watchers]
+            watchers.append(
+                Watcher("api", lambda seen: seen.type == RTM_DELADDR, self._reconnect(client))
+            )
             if cni is not None:
                 watchers += cni.watchers()
                 group.create_task(cni.guard_ports(self._repaired))
@@ -169,6 +174,16 @@ class Agent:
         except PodwireError as error:
             self._reasons.append(f"leftovers of another data path remain: {error}")
             event(log, logging.WARNING, "leftovers remain", error=error)
+
+    @staticmethod
+    def _reconnect(client: Client) -> Callable[[], Awaitable[list[str]]]:
+        """Connections from an address that is gone would hang until they time out."""
+
+        async def reconnect() -> list[str]:
+            await client.reconnect()
+            return []
+
+        return reconnect
 
     async def _own_node(self) -> Node:
         """The own Node object, with what the parts need of it."""

@@ -110,6 +110,7 @@ class Client:
         self._config = config
         self._session: aiohttp.ClientSession | None = None
         self._codecs: dict[type[Resource], _Codec[Any]] = {}
+        self._watches: set[aiohttp.ClientResponse] = set()
 
     async def __aenter__(self) -> Client:
         connector = aiohttp.TCPConnector(limit=0)
@@ -120,6 +121,19 @@ class Client:
         if self._session:
             await self._session.close()
             self._session = None
+
+    async def reconnect(self) -> None:
+        """Give up all connections: what is under way fails as without an answer.
+
+        For when an address of this machine is gone, and with it, without a word, whatever was
+        connected from there.
+        """
+        old = self._session
+        await self.__aenter__()
+        for response in self._watches:  # closing a session leaves its readers waiting
+            response.content.set_exception(aiohttp.ClientConnectionError("connection given up"))
+        if old:
+            await old.close()
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -242,6 +256,7 @@ class Client:
         path = ENDPOINTS[selection.kind].path(selection.namespace)
         codec = self._codec(selection.kind)
         response = await self._send("GET", path, query, silence_s=timeout_s + _WATCH_SLACK_S)
+        self._watches.add(response)
         try:
             _keep_alive(response)
             rest = b""
@@ -252,6 +267,7 @@ class Client:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _no_answer("GET", path, error) from error
         finally:
+            self._watches.discard(response)
             response.close()
 
     # --- writing: JSON, because the typed objects hold only the fields that we read --------------

@@ -22,6 +22,7 @@ _WORKLOADS = (
 
 # what agents program, less what they rightly leave alone
 _PROGRAMMED = {
+    "Node": "/api/v1/nodes",
     "Service": "/api/v1/services?labelSelector=%21service.kubernetes.io/service-proxy-name",
     "EndpointSlice": "/apis/discovery.k8s.io/v1/endpointslices"
     "?labelSelector=%21service.kubernetes.io/headless",

@@ -25,6 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def make_lab() -> Iterator[Callable[..., Lab]]:
     """Brings labs up; their nodes are ready when it returns."""
+    yield from _maker()
+
+
+@pytest.fixture(scope="module")
+def module_lab() -> Iterator[Callable[..., Lab]]:
+    """The same for a lab that all tests of a file share."""
+    yield from _maker()
+
+
+def _maker() -> Iterator[Callable[..., Lab]]:
     made: list[str] = []
 
     def make(**options: Any) -> Lab:

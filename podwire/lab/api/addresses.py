@@ -56,7 +56,10 @@ class ServiceAddresses:
         self.ranges = {(found := AddressRange(cidr)).family: found for cidr in cidrs}
         self._node_ports = node_ports
         self._ports: dict[int, str] = {}
-        self._next_port = node_ports[0]
+        # the lowest ports are left to those who choose theirs (KEP-3668)
+        size = node_ports[1] - node_ports[0] + 1
+        spare = 0 if size < 16 else min(max(16, size // 32), 128)
+        self._next_port = node_ports[0] + spare
 
     @property
     def families(self) -> list[str]:
