@@ -19,6 +19,8 @@ from podwire.lab.api.storage import Event, Key, Record
 _log = logging.getLogger(__name__)
 _SLICE_S = 0.01  # HTTP requests get their turn after this long
 _RETRY_S = 1.0
+_REST = 4  # after a round of work a controller rests for so many times as long
+_LONGEST_REST_S = 0.25
 
 Ref: TypeAlias = tuple[ApiResource, Key]
 
@@ -38,6 +40,7 @@ class Controller(ABC):
         self._dirty: dict[Key, None] = {}
         self._scheduled = False
         self._stopped = False
+        self._took_s = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @abstractmethod
@@ -54,7 +57,11 @@ class Controller(ABC):
         self._dirty[key] = None
         if not self._scheduled and self._loop:
             self._scheduled = True
-            self._loop.call_later(self.delay_s, self._work)
+            # what costs long is done less often: a thousand pods that come ready one by one must
+            # not mean a thousand looks at a thousand pods
+            rest_s = min(_REST * self._took_s, _LONGEST_REST_S)
+            self._took_s = 0.0
+            self._loop.call_later(max(self.delay_s, rest_s), self._work)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -74,15 +81,14 @@ class Controller(ABC):
         return done
 
     def _work(self) -> None:
-        self._scheduled = False
-        end = time.monotonic() + _SLICE_S
-        while self._dirty and not self._stopped:
-            if time.monotonic() > end:
-                self._scheduled = True
-                assert self._loop
-                self._loop.call_soon(self._work)
-                return
+        began = time.monotonic()
+        while self._dirty and not self._stopped and time.monotonic() < began + _SLICE_S:
             self._handle(next(iter(self._dirty)))
+        self._took_s += time.monotonic() - began
+        self._scheduled = bool(self._dirty) and not self._stopped
+        if self._scheduled:
+            assert self._loop
+            self._loop.call_soon(self._work)
 
     def _handle(self, key: Key) -> None:
         del self._dirty[key]
@@ -113,7 +119,7 @@ def metadata(record: Record) -> Json:
 
 
 def labels(record: Record) -> Json:
-    return tree.mapping(record.obj, "metadata", "labels")
+    return record.obj["metadata"].get("labels") or {}
 
 
 def is_going(record: Record) -> bool:
@@ -135,7 +141,7 @@ def owner_reference(resource: ApiResource, owner: Record) -> Json:
 
 def controller_of(obj: Json) -> Json:
     """The owner reference of the controlling owner, or ``{}``."""
-    for reference in tree.mappings(obj, "metadata", "ownerReferences"):
+    for reference in obj["metadata"].get("ownerReferences") or ():
         if reference.get("controller"):
             return reference
     return {}

@@ -57,6 +57,8 @@ class EndpointSliceController(Controller):
         self._slices = registry.resource("EndpointSlice", "discovery.k8s.io/v1")
         self._endpoints = registry.resource("Endpoints")
         self._selecting: dict[str, dict[Key, Json]] = {}  # namespace → Service → selector
+        self._members: dict[Key, dict[Key, None]] = {}  # Service → pods
+        self._services_of: dict[Key, list[Key]] = {}  # pod → Services
 
     def wants(self, event: Event) -> Iterable[Key]:
         resource, record = event.resource, event.record
@@ -64,7 +66,7 @@ class EndpointSliceController(Controller):
             self._note(event)
             yield record.key
         elif resource == self._pods:
-            yield from self._selectors_of(event)
+            yield from self._membership(event)
         elif resource == self._slices:
             owner = controller_of(record.obj)
             if owner.get("kind") == "Service":
@@ -76,18 +78,47 @@ class EndpointSliceController(Controller):
                 yield from services
 
     def _note(self, event: Event) -> None:
-        home = self._selecting.setdefault(event.record.key[0], {})
+        """A Service with another selector has other pods."""
+        key = event.record.key
+        home = self._selecting.setdefault(key[0], {})
         selector = tree.mapping(event.record.obj, "spec", "selector")
-        if event.type == "DELETED" or not selector:
-            home.pop(event.record.key, None)
-        else:
-            home[event.record.key] = selector
+        if event.type == "DELETED":
+            selector = {}
+        if home.get(key, {}) == selector:
+            return
+        home.pop(key, None)
+        for pod in self._members.pop(key, ()):
+            self._services_of[pod].remove(key)
+        if not selector:
+            return
+        home[key] = selector
+        members = self._members[key] = {}
+        for pod in self.registry.storage.collection(self._pods).within(key[0]):
+            if _selects(selector, labels(pod)):
+                members[pod.key] = None
+                self._services_of.setdefault(pod.key, []).append(key)
 
-    def _selectors_of(self, event: Event) -> Iterable[Key]:
-        versions = [labels(record) for record in (event.record, event.old) if record]
-        for key, selector in self._selecting.get(event.record.key[0], {}).items():
-            if any(_selects(selector, found) for found in versions):
-                yield key
+    def _membership(self, event: Event) -> Iterable[Key]:
+        """The Services that a pod's event concerns; only other labels need other Services."""
+        key, record = event.record.key, event.record
+        before = self._services_of.get(key, [])
+        if event.type == "DELETED":
+            now: list[Key] = []
+        elif event.old and labels(event.old) == labels(record):
+            return before
+        else:
+            home = self._selecting.get(key[0], {})
+            now = [one for one, selector in home.items() if _selects(selector, labels(record))]
+        for service in before:
+            if service not in now:
+                del self._members[service][key]
+        for service in now:
+            self._members[service][key] = None
+        if now:
+            self._services_of[key] = now
+        else:
+            self._services_of.pop(key, None)
+        return dict.fromkeys([*before, *now])
 
     def reconcile(self, key: Key) -> None:
         service = self.registry.find(self._services, *key)
@@ -96,12 +127,8 @@ class EndpointSliceController(Controller):
         selector = tree.mapping(service.obj, "spec", "selector")
         if not selector or tree.text(service.obj, "spec", "type") == "ExternalName":
             return
-        pods = [
-            pod
-            for pod in self.registry.storage.collection(self._pods).within(key[0])
-            if _selects(selector, labels(pod)) and not is_done(pod.obj)
-        ]
-        pods.sort(key=lambda pod: pod.key)
+        found = (self.registry.find(self._pods, *pod) for pod in sorted(self._members[key]))
+        pods = [pod for pod in found if pod and not is_done(pod.obj)]
         wanted = self._wanted(service.obj, pods)
         existing = [
             piece

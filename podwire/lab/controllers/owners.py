@@ -9,7 +9,7 @@ from podwire.lab import tree
 from podwire.lab.api.registry import DeleteOptions, Registry
 from podwire.lab.api.resources import ApiResource
 from podwire.lab.api.storage import Event, Key, Record
-from podwire.lab.controllers.base import Controller, Ref, is_going
+from podwire.lab.controllers.base import Controller, Ref, controller_of, is_going
 
 
 class OwnerIndex:
@@ -19,6 +19,7 @@ class OwnerIndex:
         self._registry = registry
         self.by_uid: dict[str, Ref] = {}
         self._dependents: dict[str, dict[Ref, None]] = {}
+        self._strays: dict[str, dict[Key, None]] = {}  # namespace → pods without a controller
         registry.storage.observe(self.observe)
         for collection in registry.storage.collections():
             for record in collection.records.values():
@@ -33,6 +34,12 @@ class OwnerIndex:
                     if not found:
                         del self._dependents[uid]
             self.by_uid.pop(event.old.obj["metadata"]["uid"], None)
+        if event.resource.kind == "Pod":
+            strays = self._strays.setdefault(ref[1][0], {})
+            if event.type == "DELETED" or controller_of(event.record.obj):
+                strays.pop(ref[1], None)
+            else:
+                strays[ref[1]] = None
         if event.type != "DELETED":
             self.by_uid[event.record.obj["metadata"]["uid"]] = ref
             for uid in _owners(event.record.obj):
@@ -40,6 +47,10 @@ class OwnerIndex:
 
     def dependents(self, uid: str) -> list[Ref]:
         return list(self._dependents.get(uid, ()))
+
+    def strays(self, namespace: str) -> list[Key]:
+        """The pods of a namespace that nobody controls."""
+        return list(self._strays.get(namespace, ()))
 
     def controlled(self, owner: Record, kind: str) -> list[Record]:
         """The objects of a kind whose controller is `owner`."""
@@ -49,16 +60,13 @@ class OwnerIndex:
             if resource.kind != kind:
                 continue
             record = self._registry.find(resource, *key)
-            if record and any(
-                one.get("uid") == uid and one.get("controller")
-                for one in tree.mappings(record.obj, "metadata", "ownerReferences")
-            ):
+            if record and controller_of(record.obj).get("uid") == uid:
                 out.append(record)
         return out
 
 
 def _owners(obj: Json) -> list[str]:
-    return [str(one.get("uid")) for one in tree.mappings(obj, "metadata", "ownerReferences")]
+    return [str(one.get("uid")) for one in obj["metadata"].get("ownerReferences") or ()]
 
 
 class GarbageCollector(Controller):

@@ -98,8 +98,9 @@ class WorkloadController(Controller):
                 uid = workload.obj["metadata"]["uid"]
                 references = tree.mappings(pod.obj, "metadata", "ownerReferences")
                 self._own(pod, [one for one in references if one.get("uid") != uid])
-        for pod in list(self.registry.storage.collection(self.pods).within(workload.key[0])):
-            if controller_of(pod.obj) or is_going(pod) or not selects(labels(pod)):
+        for key in self.owners.strays(workload.key[0]):
+            pod = self.registry.find(self.pods, *key)
+            if pod is None or is_going(pod) or not selects(labels(pod)):
                 continue
             references = tree.mappings(pod.obj, "metadata", "ownerReferences")
             self._own(pod, [*references, owner_reference(self.resource, workload)])

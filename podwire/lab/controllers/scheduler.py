@@ -38,6 +38,7 @@ class Scheduler(Controller):
         self._nodes = registry.resource("Node")
         self._waiting: dict[Key, None] = {}
         self._placed: dict[str, dict[Key, Record]] = {}
+        self._siblings: Counter[tuple[str, str]] = Counter()  # (node, owner) → pods
 
     def wants(self, event: Event) -> Iterable[Key]:
         if event.resource == self._nodes:
@@ -60,10 +61,16 @@ class Scheduler(Controller):
         """Keep the index of pods by node; says whether a node lost a pod."""
         key = event.record.key
         node = tree.text(event.record.obj, "spec", "nodeName")
+        family = (node, str(controller_of(event.record.obj).get("uid")))
         if event.type == "DELETED" or is_done(event.record.obj):
-            return self._placed.get(node, {}).pop(key, None) is not None
+            if self._placed.get(node, {}).pop(key, None) is None:
+                return False
+            self._siblings[family] -= 1
+            return True
         if node:
-            self._placed.setdefault(node, {})[key] = event.record
+            there = self._placed.setdefault(node, {})
+            self._siblings[family] += key not in there
+            there[key] = event.record
         return False
 
     def reconcile(self, key: Key) -> None:
@@ -108,14 +115,10 @@ class Scheduler(Controller):
         self.registry.amend(self._pods, pod.key, status=status)
 
     def _rank(self, pod: Record, node: Record) -> tuple[int, int, str]:
-        there = self._placed.get(node.key[1], {})
+        name = node.key[1]
         owner = controller_of(pod.obj).get("uid")
-        siblings = (
-            sum(1 for one in there.values() if controller_of(one.obj).get("uid") == owner)
-            if owner
-            else 0
-        )
-        return siblings, len(there), node.key[1]
+        siblings = self._siblings[name, owner] if owner else 0
+        return siblings, len(self._placed.get(name, ())), name
 
     def _refusal(self, pod: Record, node: Record) -> str:
         """Why the pod may not go to the node, or ``""``."""

@@ -105,7 +105,7 @@ class Cluster:
             self.registry.delete(self.resource("Pod"), *key, DeleteOptions(grace_period_s=0))
             return
         self.addresses += 1
-        ips = [{"ip": f"10.244.9.{self.addresses}"}]
+        ips = [{"ip": f"10.244.{9 + self.addresses // 250}.{self.addresses % 250}"}]
         if self.dual_stack:
             ips.append({"ip": f"fd00:10:244::{self.addresses:x}"})
         self.status(*key, phase="Running", podIP=ips[0]["ip"], podIPs=ips, ready=ready)
