@@ -99,6 +99,9 @@ class Options:
                     parse_prefix(value)
                 except InvalidObject as error:
                     raise ConfigError(f"{flag}: {error}") from None
+        if self.datapath == "ebpf" and self.wiring == "bridge":
+            # delivery goes from link to link: there is no bridge on this data path
+            return replace(self, wiring="routed").checked()
         name = self.node_name or os.environ.get("NODE_NAME") or socket.gethostname().lower()
         return replace(self, node_name=name)
 

@@ -8,18 +8,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from podwire.agent import ebpf, services_api
 from podwire.agent import node as own_node
-from podwire.agent import services_api
 from podwire.agent.admission import Admission
 from podwire.agent.control import ControlServer
 from podwire.agent.loop import Loop
 from podwire.agent.options import Options
-from podwire.agent.pods import Pods
+from podwire.agent.pods import Gate, Pods
 from podwire.agent.sync import Sync
 from podwire.agent.vpc import VpcMode
 from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.datapath import Part, Requirement
+from podwire.datapath.ebpf.nodes import NodesPart as EbpfNodesPart
+from podwire.datapath.ebpf.programs import Programs
+from podwire.datapath.ebpf.services import ServicesPart as EbpfServicesPart
 from podwire.datapath.nftables.nodes import NodesPart
 from podwire.datapath.nftables.services import ServicesPart
 from podwire.datapath.nftables.vpc import VpcPart
@@ -67,6 +70,7 @@ class Built:
     """One agent's rooms. `cni` makes the CNI server once the main loop is there."""
 
     datapath: str
+    programs: Programs | None = None  # of the eBPF data path
     syncs: list[Sync[Any]] = field(default_factory=list[Sync[Any]])
     requirements: list[Requirement] = field(default_factory=list[Requirement])
     cni: Callable[[Loop, Store, Callable[[], bool]], Pods] | None = None
@@ -125,6 +129,8 @@ def must_restart(options: Options, old: Node | None, new: Node | None) -> bool:
 def build(options: Options, node: Node) -> Built:
     """The rooms for these options. Raises Unsupported, ConfigError."""
     built = Built(_datapath(options))
+    if built.datapath == "ebpf":
+        built.programs = ebpf.make_programs(options)
     if "nodes" in options.parts and options.wiring != "vpc":  # the VPC routes between nodes
         _add_nodes(built, options)
     if "services" in options.parts:
@@ -138,6 +144,11 @@ def build(options: Options, node: Node) -> Built:
 def _datapath(options: Options) -> str:
     if options.datapath in ("auto", "nftables"):
         return "nftables"
+    if options.datapath == "ebpf":
+        lacks = ebpf.unavailable()
+        if lacks:
+            raise Unsupported(f"--datapath ebpf: this machine lacks {lacks}")
+        return "ebpf"
     raise Unsupported(f"--datapath {options.datapath} is not in this build")
 
 
@@ -154,14 +165,19 @@ def _add_nodes(built: Built, options: Options) -> None:
         lambda loop: Watcher("routes", routes.concerns, lambda: loop.verify(sync))
     )
     if options.masquerade:
-        built.syncs.append(Sync("masquerade", (Node,), compiler.update, NodesPart()))
+        path = EbpfNodesPart(built.programs) if built.programs is not None else NodesPart()
+        built.syncs.append(Sync("masquerade", (Node,), compiler.update, path))
     built.requirements += FORWARDING
 
 
 def _add_services(built: Built, options: Options, node: Node) -> None:
     config = own_node.proxy_config(options, node)
     compiler = ServiceCompiler(own_node.facts(node), config)
-    path = ServicesPart(config)
+    path: ServicesPart | EbpfServicesPart
+    if built.programs is not None:
+        path = EbpfServicesPart(config, programs=built.programs)
+    else:
+        path = ServicesPart(config)
 
     def compile(changes: ChangeSet) -> ServiceTable:
         own = changes.of(Node).get(("", options.node_name))
@@ -211,7 +227,11 @@ def _add_cni(
                 pool=VPC_POOL if vpc is not None else "",
             )
 
-        gate = Admission(loop, store, synced, *policy) if policy is not None else None
+        gate: Gate | None = None
+        if policy is not None:
+            gate = Admission(loop, store, synced, *policy)
+        if built.programs is not None:
+            gate = ebpf.EbpfGate(built.programs, gate)
         pods = Pods(options, config, gate, vpc)
         if vpc is not None:
             built.preparing.append(partial(vpc.start, store))

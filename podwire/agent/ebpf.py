@@ -1,0 +1,64 @@
+"""The eBPF data path in the agent: programs that all parts share, and the links of pods."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from podwire.agent.logs import event
+from podwire.agent.options import Options
+from podwire.agent.pods import Gate
+from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.programs import Programs
+from podwire.kernel.bpf import features
+from podwire.wiring import Attachment
+
+log = logging.getLogger("podwire.agent.ebpf")
+
+
+def unavailable() -> str:
+    """What this kernel or machine lacks for the eBPF data path, or ""."""
+    return ", ".join(features.missing())
+
+
+def make_programs(options: Options) -> Programs:
+    """The node's programs, pinned under its name; sockets of the whole node get Services."""
+    return Programs(options.node_name, cgroup=features.has_cgroup2())
+
+
+class EbpfGate:
+    """A pod's link is known to the programs before its policies are, and forgotten with it."""
+
+    def __init__(self, programs: Programs, inner: Gate | None) -> None:
+        self._pods = EbpfPods(programs)
+        self._inner = inner
+
+    def restore(self, attachments: Sequence[Attachment]) -> None:
+        self._pods.start()
+        self._pods.replace(_link(each) for each in attachments if each.wiring == "routed")
+        if self._inner is not None:
+            self._inner.restore(attachments)
+
+    def admit(self, attachment: Attachment) -> None:
+        self._pods.add(_link(attachment))
+        if self._inner is not None:
+            self._inner.admit(attachment)
+
+    def dismiss(self, attachment: Attachment) -> None:
+        if self._inner is not None:
+            self._inner.dismiss(attachment)
+        self._pods.remove(attachment.host_ifindex)
+
+
+def _link(attachment: Attachment) -> PodLink:
+    return PodLink(
+        attachment.host_ifindex,
+        attachment.host_mac,
+        attachment.mac,
+        tuple(each.address for each in attachment.addresses),
+    )
+
+
+def fall_back(reason: str) -> None:
+    """The one line that says why `--datapath auto` is not eBPF."""
+    event(log, logging.INFO, "eBPF is not to be had here, nftables serves", lacks=reason)
