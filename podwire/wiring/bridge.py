@@ -23,18 +23,6 @@ from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import format_address
 from podwire.wiring import KERNEL_PROTOCOL, Attachment, Bridge, HostLink, PodAddress, veth
 
-REQUIRED_SYSCTLS = {
-    "net.bridge.bridge-nf-call-iptables": (
-        "1",
-        "IPv4 between pods of one node passes by Services and policies otherwise",
-    ),
-    "net.bridge.bridge-nf-call-ip6tables": (
-        "1",
-        "IPv6 between pods of one node passes by Services and policies otherwise",
-    ),
-}
-"""Names, values and reasons, for whoever enforces Services or policies on this wiring."""
-
 
 class BridgeWiring:
     """A `Wiring` of the namespace it was made in (`netns_fd`; default: the caller's)."""
