@@ -432,8 +432,10 @@ class Lifecycle:
 
     def reconcile(self) -> None:
         """Bring the kernel to what is recorded: at the start, before anything is served."""
-        state = self._with.state
-        wirings = self._with.wirings
+        state, wirings = self._with.state, self._with.wirings
+        names = {known.host_ifname for known in state.attachments()}
+        for wiring in wirings.values():
+            wiring.purge(set(wiring.links()) - names)
         links = {name for wiring in wirings.values() for name in wiring.links()}
         for known in state.attachments():
             if known.host_ifname and known.host_ifname not in links:
@@ -442,9 +444,6 @@ class Lifecycle:
                 self._with.pool.release(known.key)
                 self._with.dismiss(known)
         kept = state.attachments()
-        names = {known.host_ifname for known in kept}
-        for wiring in wirings.values():
-            wiring.purge(set(wiring.links()) - names)
         state.removed(state.removals())
         for name, wiring in wirings.items():
             wiring.reconcile([known for known in kept if known.wiring == name])
