@@ -1,0 +1,228 @@
+"""Policies on eBPF: the table's boxes as entries of one longest-prefix map.
+
+A rule set's outcome for an identity is a few entries, keyed (rule set, identity, protocol, port
+prefix); an address finds its identity in another map, a pod its rule sets in a third. New rule sets
+are written before a pod names them, so that no packet is judged by half of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from podwire.datapath import Requirement
+from podwire.datapath.ebpf.connections import Connections
+from podwire.datapath.ebpf.growing import GrowingMap
+from podwire.datapath.ebpf.housekeeping import Housekeeping
+from podwire.datapath.ebpf.layout import (
+    NUMBER,
+    PREFIX_KEY,
+    RULE,
+    RULE_KEY,
+    SUBJECT,
+    RuleVerdict,
+    mapped,
+    mapped_length,
+)
+from podwire.datapath.ebpf.pods import write_interface
+from podwire.datapath.ebpf.programs import Programs
+from podwire.kernel import link as links
+from podwire.kernel.netlink import NetlinkSocket
+from podwire.net import Address, Protocol, range_to_prefixes
+from podwire.policy import Endpoint, PolicyRef, PolicyTable, Verdict
+from podwire.policy.rulesets import RuleSet
+from podwire.policy.verdicts import Outcome, Verdicts
+
+_ANYBODY = 0
+_VERDICTS = {
+    Verdict.ALLOW: RuleVerdict.ALLOW,
+    Verdict.DENY: RuleVerdict.DENY,
+    Verdict.AUDIT: RuleVerdict.AUDIT,
+}
+_PORTLESS = (Protocol.ICMP, Protocol.ICMPV6)
+
+
+class PolicyPart:
+    """A PolicyTable in maps and programs.
+
+    Alone, it makes its own `Programs` in `netns_fd` (default: the caller's namespace); parts that
+    work together are given the same ones.
+    """
+
+    requirements: Sequence[Requirement] = ()
+
+    def __init__(self, netns_fd: int | None = None, *, programs: Programs | None = None) -> None:
+        self._programs = programs or Programs(netns_fd=netns_fd)
+        self._housekeeping = Housekeeping(self._programs)
+        self._table: PolicyTable | None = None
+        self._refs: dict[PolicyRef, int] = {}
+
+    def close(self) -> None:
+        """Let go of the programs; what is attached goes on."""
+        self._housekeeping.stop()
+        self._programs.close()
+
+    @property
+    def connections(self) -> Connections:
+        """The connection table, for ageing and display."""
+        return Connections(self._programs)
+
+    def start(self) -> None:
+        """Load and attach. Raises Unsupported or KernelError."""
+        self._programs.enable("policy")
+        self._housekeeping.start()
+
+    def apply(self, table: PolicyTable) -> None:
+        """Make the maps hold `table`."""
+        with self._programs.lock:
+            self._apply(table)
+
+    def _apply(self, table: PolicyTable) -> None:
+        old, self._table = self._table, table
+        delta = table.delta(old)
+        growing = self._programs.growing
+        if old is None:
+            for kind, wanted in self._spell(table).items():
+                growing[kind].replace(wanted)
+            self._attach(table.endpoints.values())
+            return
+        changed = [table.endpoints[pod] for pod in delta.endpoints if pod in table.endpoints]
+        gone = [old.endpoints[pod] for pod in delta.endpoints if pod in old.endpoints]
+        rules = (
+            self._rule_entries(old, delta.rule_sets),
+            self._rule_entries(table, delta.rule_sets),
+        )
+        identities = (
+            (_identities(old), _identities(table))
+            if delta.intervals
+            else (_exact(old, delta.addresses), _exact(table, delta.addresses))
+        )
+        subjects = _subjects(gone), _subjects(changed)
+        _write(growing["rules"], *rules)
+        _write(growing["identities"], *identities)
+        _write(growing["subjects"], *subjects)
+        self._attach(changed)
+        _delete(growing["subjects"], *subjects)
+        _delete(growing["identities"], *identities)
+        _delete(growing["rules"], *rules)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def verify(self) -> list[str]:
+        """Compare the maps with the table, repair, and name each repair."""
+        with self._programs.lock:
+            return self._verify()
+
+    def _verify(self) -> list[str]:
+        if self._table is None:
+            return []
+        self._attach(self._table.endpoints.values())
+        repairs: list[str] = []
+        for kind, wanted in self._spell(self._table).items():
+            if wrong := self._programs.growing[kind].replace(wanted):
+                repairs.append(f"{wrong} entries of map {kind}")
+        return repairs
+
+    def cleanup(self) -> None:
+        """Detach and remove everything of this node."""
+        self._housekeeping.stop()
+        self._programs.cleanup()
+        self._table = None
+
+    def status(self) -> dict[str, object]:
+        """Fill levels of the three maps."""
+        kinds = ("identities", "rules", "subjects")
+        return {kind: self._programs.growing[kind].fill() for kind in kinds}
+
+    def policy(self, number: int) -> PolicyRef | None:
+        """Whose number an event bears; None for a default, or a policy that was forgotten."""
+        return next((ref for ref, held in self._refs.items() if held == number), None)
+
+    def _attach(self, endpoints: Iterable[Endpoint]) -> None:
+        """Put the pods' program on their links; a link that is not there yet waits for verify."""
+        with NetlinkSocket(netns_fd=self._programs.netns_fd) as netlink:
+            for endpoint in endpoints:
+                found = links.find(netlink, endpoint.link)
+                if found is not None:
+                    write_interface(self._programs, found.index, endpoint.addresses)
+                    self._programs.add_pod(found.index)
+
+    def _spell(self, table: PolicyTable) -> dict[str, dict[bytes, bytes]]:
+        return {
+            "rules": self._rule_entries(table, table.rule_sets),
+            "identities": _identities(table),
+            "subjects": _subjects(table.endpoints.values()),
+        }
+
+    def _rule_entries(self, table: PolicyTable, numbers: Iterable[int]) -> dict[bytes, bytes]:
+        found = (table.rule_sets[number] for number in numbers if number in table.rule_sets)
+        return {key: value for rule_set in found for key, value in self._rules(rule_set)}
+
+    def _rules(self, rule_set: RuleSet) -> Iterator[tuple[bytes, bytes]]:
+        yield from self._boxes(rule_set.number, _ANYBODY, rule_set.default)
+        for identity, verdicts in rule_set.entries.items():
+            yield from self._boxes(rule_set.number, identity, verdicts)
+
+    def _boxes(
+        self, rule_set: int, identity: int, verdicts: Verdicts
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Entries of one identity; what equals the rest (`other`) needs none."""
+        yield RULE_KEY.pack(64, rule_set, identity, 0, bytes(2)), self._rule(verdicts.other)
+        for protocol, spans in verdicts.protocols:
+            for span in spans:
+                if span.outcome == verdicts.other:
+                    continue
+                first, last = (0, 0) if protocol in _PORTLESS else (span.first, span.last)
+                if not span.first <= first <= span.last:
+                    continue
+                for port, length in range_to_prefixes(first, last, 16):
+                    key = (80 + length, rule_set, identity, protocol, port.to_bytes(2, "big"))
+                    yield RULE_KEY.pack(*key), self._rule(span.outcome)
+
+    def _rule(self, outcome: Outcome) -> bytes:
+        number = 0
+        if outcome.policy is not None:
+            number = self._refs.setdefault(outcome.policy, len(self._refs) + 1)
+        return RULE.pack(_VERDICTS[outcome.verdict], number)
+
+
+def _write(growing: GrowingMap, old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> None:
+    """Write what is new or differs; what only `old` has is left."""
+    changed = {key: value for key, value in new.items() if old.get(key) != value}
+    growing.write(changed, len(new.keys() - old.keys()))
+
+
+def _delete(growing: GrowingMap, old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> None:
+    growing.delete(list(old.keys() - new.keys()))
+
+
+def _subjects(endpoints: Iterable[Endpoint]) -> dict[bytes, bytes]:
+    return {
+        mapped(address): SUBJECT.pack(endpoint.ingress or 0, endpoint.egress or 0)
+        for endpoint in endpoints
+        for address in endpoint.addresses
+    }
+
+
+def _exact(table: PolicyTable, addresses: Iterable[Address]) -> dict[bytes, bytes]:
+    return {
+        PREFIX_KEY.pack(160, mapped(address)): NUMBER.pack(table.addresses[address])
+        for address in addresses
+        if address in table.addresses
+    }
+
+
+def _identities(table: PolicyTable) -> dict[bytes, bytes]:
+    """Exact addresses, and the intervals cut into prefixes: the longest match is the one."""
+    out: dict[bytes, bytes] = {}
+    for first, last, identity in table.intervals:
+        size = len(first)
+        pieces = range_to_prefixes(
+            int.from_bytes(first, "big"), int.from_bytes(last, "big"), size * 8
+        )
+        for number, length in pieces:
+            address = number.to_bytes(size, "big")
+            key = PREFIX_KEY.pack(32 + mapped_length(address, length), mapped(address))
+            out[key] = NUMBER.pack(identity)
+    out.update(_exact(table, table.addresses))
+    return out

@@ -1,0 +1,191 @@
+"""Policies on eBPF with real sockets: what connects is what the table's evaluator says."""
+
+import os
+import socket
+
+import msgspec
+import pytest
+
+from podwire.datapath.ebpf.layout import EVENT, FLOW, Reason
+from podwire.datapath.ebpf.policy import PolicyPart
+from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.kernel import netns
+from podwire.kernel.bpf import RingBuffer, features
+from podwire.kube.objects import Namespace, NetworkPolicy, Node, Pod
+from podwire.kube.store import Store
+from podwire.net import Protocol, parse_address
+from podwire.policy import Attachment, Packet, PolicyCompiler, Verdict
+from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, World
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+]
+if os.geteuid() == 0 and features.missing():
+    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+
+KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
+OPEN = [80, 81, 8016, 8017]
+
+
+def pod(name, node, addresses, **labels):
+    return msgspec.convert(
+        {
+            "metadata": {"name": name, "namespace": "x", "labels": labels},
+            "spec": {"nodeName": node},
+            "status": {"phase": "Running", "podIPs": [{"ip": ip} for ip in addresses.values()]},
+        },
+        Pod,
+    )
+
+
+def policy(name, spec, **annotations):
+    metadata = {"name": name, "namespace": "x", "annotations": annotations}
+    return msgspec.convert({"metadata": metadata, "spec": spec}, NetworkPolicy)
+
+
+@pytest.fixture(scope="module")
+def world():
+    with World() as made:
+        made.part = PolicyPart(programs=Programs(made.name, made.spaces["node"]))
+        made.part.start()
+        made.store, made.compiler = Store(), PolicyCompiler("node")
+        for name, address in (("node", NODE), ("other", OUTSIDE)):
+            status = {"addresses": [{"type": "InternalIP", "address": a} for a in address.values()]}
+            made.store.put(msgspec.convert({"metadata": {"name": name}, "status": status}, Node))
+        made.store.put(msgspec.convert({"metadata": {"name": "x"}}, Namespace))
+        made.store.put(pod("one", "node", POD[1], app="web"))
+        made.store.put(pod("two", "node", POD[2], app="client"))
+        made.store.put(pod("far", "other", REMOTE, app="client"))
+        for number, name in ((1, "one"), (2, "two")):
+            addresses = tuple(parse_address(text) for text in POD[number].values())
+            made.compiler.attach(Attachment(("x", name), f"pod{number}", addresses))
+        for kind in KINDS.values():
+            for space, addresses in (("pod1", POD[1]), ("pod2", POD[2]), ("outside", REMOTE)):
+                for family in (4, 6):
+                    for port in OPEN:
+                        made.serve(space, addresses[family], port, kind)
+        yield made
+        made.part.cleanup()
+
+
+def enforce(world, *policies):
+    for key in list(world.store.all(NetworkPolicy)):
+        world.store.remove(NetworkPolicy, key)
+    for one in policies:
+        world.store.put(one)
+    table = world.compiler.update(world.store.take())
+    world.part.apply(table)
+    return table
+
+
+SOURCES = {"pod1": POD[1], "pod2": POD[2], "node": NODE, "outside": OUTSIDE}
+TARGETS = [POD[1], POD[2], REMOTE]
+
+
+def check(world, table, protocols=tuple(KINDS), families=(4, 6)):
+    for space, source in SOURCES.items():
+        for target in TARGETS:
+            if source is target or (space, target) == ("outside", REMOTE):
+                continue
+            for family in families:
+                for protocol in protocols:
+                    for port in OPEN:
+                        packet = Packet(
+                            parse_address(source[family]),
+                            parse_address(target[family]),
+                            protocol,
+                            port,
+                            source_node="node" if space == "node" else None,
+                        )
+                        seen = world.observe(
+                            space, target[family], port, KINDS[protocol], tries=1, timeout=0.08
+                        )
+                        connects = seen == {(target[family], source[family])}
+                        judged = table.judge(packet)
+                        ends = [judged.egress]
+                        if target is not REMOTE:  # whose node is not here to enforce
+                            ends.append(judged.ingress)
+                        allowed = all(end.verdict is not Verdict.DENY for end in ends)
+                        assert connects == allowed, (space, target, packet)
+
+
+SPECS = {
+    "deny all ingress": {"podSelector": {}, "policyTypes": ["Ingress"]},
+    "deny all": {
+        "podSelector": {"matchLabels": {"app": "web"}},
+        "policyTypes": ["Ingress", "Egress"],
+    },
+    "clients on some ports": {
+        "podSelector": {"matchLabels": {"app": "web"}},
+        "policyTypes": ["Ingress"],
+        "ingress": [
+            {
+                "from": [{"podSelector": {"matchLabels": {"app": "client"}}}],
+                "ports": [
+                    {"protocol": "TCP", "port": 80},
+                    {"protocol": "UDP", "port": 8000, "endPort": 8016},
+                ],
+            }
+        ],
+    },
+    "blocks with an exception": {
+        "podSelector": {},
+        "policyTypes": ["Ingress"],
+        "ingress": [
+            {"from": [{"ipBlock": {"cidr": "192.168.0.0/16", "except": ["192.168.9.0/30"]}}]},
+            {"from": [{"ipBlock": {"cidr": "fd09::/64"}}], "ports": [{"port": 81}]},
+        ],
+    },
+    "egress to clients only": {
+        "podSelector": {"matchLabels": {"app": "web"}},
+        "policyTypes": ["Egress"],
+        "egress": [{"to": [{"podSelector": {"matchLabels": {"app": "client"}}}]}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_what_connects_is_what_the_evaluator_says(world, name):
+    protocols = [Protocol.TCP] if name.startswith("deny") else list(KINDS)
+    check(world, enforce(world, policy("p", SPECS[name])), protocols)
+
+
+def test_a_refusal_names_the_policy_and_audit_only_reports(world):
+    ring = RingBuffer(world.part._programs.maps["events"])
+    spec = {"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Ingress"]}
+    for annotations, reason, connects in (
+        ({}, Reason.POLICY, False),
+        ({"podwire.dev/audit": "true"}, Reason.POLICY_AUDIT, True),
+    ):
+        enforce(world, policy("closed", spec, **annotations))
+        list(ring.read())
+        seen = world.observe("pod2", POD[1][4], 80, tries=1, timeout=0.2)
+        assert (seen == {(POD[1][4], POD[2][4])}) is connects
+        events = [EVENT.unpack(record) for record in ring.read()]
+        flows = [FLOW.unpack(event[-1]) for event in events if event[1] == reason]
+        assert flows[0][1].endswith(parse_address(POD[1][4]))
+        assert flows[0][3] == (80).to_bytes(2, "big")
+    ring.close()
+
+
+def test_an_open_connection_outlives_a_policy_and_answers_always_pass(world):
+    enforce(world)
+    with netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_STREAM) as client:
+        client.settimeout(3)
+        client.connect((POD[1][4], 80))
+        closed = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+        enforce(world, policy("all", closed))
+        client.send(b"who")
+        assert client.recv(100).decode().split()[0] == POD[1][4]
+    assert world.observe("pod2", POD[1][4], 80, tries=1, timeout=0.2) == {"silence"}
+    enforce(world)
+    assert world.ask("pod2", POD[1][4], 80)[0] == POD[1][4]
+
+
+def test_verify_repairs_what_others_broke(world):
+    enforce(world, policy("p", SPECS["deny all ingress"]))
+    growing = world.part._programs.growing["rules"]
+    growing.map.delete(next(growing.map.keys()))
+    assert world.part.verify() == ["1 entries of map rules"]
+    assert world.part.verify() == []
