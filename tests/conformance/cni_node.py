@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import subprocess
@@ -171,6 +172,7 @@ class Node:
         awaited = {signal.SIGTERM, signal.SIGUSR1}
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+            logging.getLogger("podwire.cni").setLevel(logging.ERROR)  # refusals are what is tested
             with netns.entered(self.namespace.fd):
                 lifecycle = assemble(
                     self.state(),
