@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -318,6 +319,8 @@ def _lock(run_dir: Path) -> int:
 
 def run(options: Options) -> int:
     """Run the agent to its end; the exit status."""
+    # Objects and tables live long: without this, collector pauses double the time of a cold start.
+    gc.set_threshold(100_000, 50, 100)
     status = 0
     lock = _lock(options.run_dir)
     try:
