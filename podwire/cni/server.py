@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import socket
+import sqlite3
 import struct
 import threading
 import time
@@ -193,6 +194,8 @@ def _refusal(error: Exception) -> CniError:
             return CniError(INVALID_CONFIG, str(error))
         case KernelError():
             return CniError(KERNEL_REFUSED, str(error))
+        case sqlite3.Error():
+            return CniError(TRY_AGAIN, f"cannot write the state file: {error}")
         case PodwireError():
             return CniError(KERNEL_REFUSED, str(error))
         case _:

@@ -89,11 +89,16 @@ class HostPortRules:
         """
         self._ensure()
         self._allow_local_sources(mappings)
+        wanted = list(_elements(mappings))
         transaction = Transaction()
-        for target, elements in _elements(mappings):
+        for target, elements in wanted:
             transaction.add(target, elements)
         self._nft.commit(transaction)
-        self._forget_flows(mappings)
+        try:
+            self._forget_flows(mappings)
+        except BaseException:
+            self._nft.commit(deletion(wanted))
+            raise
 
     def remove(self, mappings: HostPorts) -> None:
         """Close the ports; those that are closed already are no error."""
