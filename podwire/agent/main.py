@@ -90,6 +90,8 @@ class Agent:
             self.reflector = Reflector(
                 client, self._selections(), self.store, on_change=self._changed
             )
+            self.control.route("/v1/status", lambda _: self.status())
+            await self.control.start()
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self.reflector.run())]
                 tasks.append(group.create_task(self._serve(stack, client, known)))
