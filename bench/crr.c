@@ -3,6 +3,7 @@
  *
  *   crr serve ADDRESS PORT             until killed
  *   crr ask ADDRESS PORT COUNT         COUNT connections, one after the other
+ *   crr talk ADDRESS PORT COUNT        COUNT exchanges over one connection
  *   crr pour ADDRESS PORT SECONDS      prints bytes per second of one connection
  */
 #include <arpa/inet.h>
@@ -57,7 +58,7 @@ static int dial(void)
 	return fd;
 }
 
-/* 'r': one byte back; 'p': swallow all. */
+/* 'r': one byte back; 't': every byte back; 'p': swallow all. */
 static int serve(void)
 {
 	int listener = socket(target->sa_family, SOCK_STREAM, 0), on = 1;
@@ -80,6 +81,10 @@ static int serve(void)
 			if (write(fd, "x", 1) == 1)
 				while (read(fd, &first, 1) > 0)
 					;
+		} else if (first == 't') {
+			setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+			while (read(fd, &first, 1) == 1 && write(fd, &first, 1) == 1)
+				;
 		} else {
 			while (read(fd, buffer, sizeof(buffer)) > 0)
 				;
@@ -102,6 +107,24 @@ static int ask(int count)
 		/* a reset leaves no TIME_WAIT to run out of ports with */
 		setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
 		close(fd);
+		printf("%.0f\n", now() - start);
+	}
+	return 0;
+}
+
+static int talk(int count)
+{
+	int fd = dial(), on = 1;
+	char byte;
+
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+	if (write(fd, "t", 1) != 1)
+		return 1;
+	for (int i = 0; i < count; i++) {
+		double start = now();
+
+		if (write(fd, "x", 1) != 1 || read(fd, &byte, 1) != 1)
+			return 1;
 		printf("%.0f\n", now() - start);
 	}
 	return 0;
@@ -134,5 +157,7 @@ int main(int argc, char **argv)
 		return serve();
 	if (!strcmp(argv[1], "ask"))
 		return ask(atoi(argv[4]));
+	if (!strcmp(argv[1], "talk"))
+		return talk(atoi(argv[4]));
 	return pour(atof(argv[4]));
 }
