@@ -74,9 +74,6 @@ class Agent:
             event(log, logging.WARNING, warning)
         self.options.run_dir.mkdir(parents=True, exist_ok=True)
         self.options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.control.route("/v1/status", lambda _: self.status())
-        self.control.route("/v1/synced", lambda _: self.synced())
-        await self.control.start()
         endpoints = Endpoints(self.metrics, self.health, self.configuration)
         config = kubeconfig.load(self.options.kubeconfig or None)
         async with contextlib.AsyncExitStack() as stack:
@@ -91,6 +88,7 @@ class Agent:
                 client, self._selections(), self.store, on_change=self._changed
             )
             self.control.route("/v1/status", lambda _: self.status())
+            self.control.route("/v1/synced", lambda _: self.synced())
             await self.control.start()
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self.reflector.run())]
