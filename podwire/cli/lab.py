@@ -37,6 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     up.add_argument("--routing", choices=("direct", "vxlan"), default="direct")
     up.add_argument("--wiring", choices=("bridge", "routed", "vpc"), default="bridge")
     up.add_argument("--datapath", choices=("auto", "nftables", "iptables", "ebpf"), default="auto")
+    up.add_argument(
+        "--instance-type", default="m5.large", help="of the nodes, with --wiring vpc (%(default)s)"
+    )
     up.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     _manifest_options(up)
     _wait_options(up)
@@ -102,6 +105,7 @@ def _up(args: argparse.Namespace) -> int:
         wiring=args.wiring,
         routing=args.routing,
         datapath=args.datapath,
+        instance_type=args.instance_type,
         log_level=args.log_level,
     )
     if found:  # the first node to be ready would get all pods

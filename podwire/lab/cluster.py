@@ -59,6 +59,7 @@ class Lab:
         routing: str = "direct",
         datapath: str = "auto",
         agent: Mapping[str, Any] | None = None,
+        instance_type: str = "m5.large",
         log_level: str = "info",
     ) -> Lab:
         """Bring up an empty lab; `agent` are further fields of the agent's options.
@@ -78,6 +79,7 @@ class Lab:
             "routing": routing,
             "datapath": datapath,
             "agent": dict(agent or {}),
+            "instance_type": instance_type,
             "log_level": log_level,
         }
         try:

@@ -18,6 +18,7 @@ from podwire.kube.objects import Json
 from podwire.lab import topology
 from podwire.lab.api.manifests import apply_all
 from podwire.lab.api.server import ApiConfig, ApiServer
+from podwire.lab.cloud import network
 from podwire.lab.controllers import ControllerConfig, ControllerManager
 from podwire.lab.runtime.main import Runtime
 from podwire.lab.runtime.objects import DNS_IMAGE
@@ -134,10 +135,20 @@ def runtime_main(lab: LabDir, record: Record) -> None:
     asyncio.run(serve())
 
 
+def vpc_environment(ipv6: bool) -> dict[str, str]:
+    """What an agent in the lab's cloud is told: where EC2 is. Targets come from the caller's."""
+    found = {"AWS_ENDPOINT_URL_EC2": f"http://{network.EC2}"}
+    if ipv6:
+        found |= {"ENABLE_IPv6": "true", "ENABLE_PREFIX_DELEGATION": "true"}
+    return found
+
+
 def agent_main(lab: LabDir, record: Record, node: str) -> None:
     """The agent, told what its DaemonSet would tell it; this process is on the node already."""
     settings = record.settings
     logs.setup(settings["log_level"])
+    if settings["wiring"] == "vpc":
+        os.environ.update(vpc_environment(record.dual_stack))
     options = Options(
         node_name=node,
         kubeconfig=str(node_kubeconfig(lab)),

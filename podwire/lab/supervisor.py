@@ -1,5 +1,6 @@
 """The lab's one supervisor: makes the network, forks the processes, watches them.
 
+    the cloud, with --wiring vpc EC2, instance metadata and the VPC's network
     API server and controllers   on this machine's loopback and on the underlay
     one agent per node           in the node's namespaces; started again when it dies
     pod runtime                  all kubelets; started again when it dies
@@ -22,13 +23,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, TypeAlias
 
 from podwire.agent import logs
 from podwire.agent.logs import event
 from podwire.errors import ConfigError, PodwireError
 from podwire.lab import cgroups, enter, mounts, process, topology
+from podwire.lab.cloud import network
+from podwire.lab.cloud.main import cloud_main
 from podwire.lab.services import agent_main, api_main, prepare_access, runtime_main
 from podwire.lab.state import LabDir, Node, Record, this_process
 
@@ -106,9 +109,9 @@ class Supervisor:
         mounts.share(lab.path)
         record.processes["supervisor"] = this_process()
         lab.write(record)
-        topology.build(lab, record.dual_stack)
+        self._topology.build(lab, record.dual_stack)
         for index, name in enumerate(self.node_names, 1):
-            self._make_node(topology.make_node(name, index, record.dual_stack))
+            self._make_node(self._topology.make_node(name, index, record.dual_stack))
         self._listen()
         access = prepare_access(lab, record)
         lab.write(record)  # the children read the nodes there
@@ -118,14 +121,21 @@ class Supervisor:
         for sock in access.sockets:
             sock.close()
         self._child("runtime", lambda: runtime_main(lab, record), restarts=True)
+        if record.settings["wiring"] == "vpc":
+            self._child("cloud", lambda: cloud_main(lab, record), restarts=False)
         for name in self.node_names:
             self._start_agent(name)
         lab.write(record)
 
+    @property
+    def _topology(self) -> ModuleType:
+        """What lies between the nodes: an underlay, or a VPC."""
+        return network if self.record.settings["wiring"] == "vpc" else topology
+
     def _make_node(self, node: Node) -> None:
         for directory in ("run", "state", "cni/net.d", "cni/cache"):
             (self.lab.node(node.name) / directory).mkdir(parents=True, exist_ok=True)
-        topology.add_node(self.lab, node, self.record.dual_stack)
+        self._topology.add_node(self.lab, node, self.record.dual_stack)
         self.namespaces[node.name] = enter.make_node_namespaces(self.lab, node.name)
         self.record.nodes[node.name] = node
 
@@ -267,7 +277,7 @@ class Supervisor:
             raise ConfigError(f"there is a node {name} already")
         taken = {node.index for node in self.record.nodes.values()}
         index = next(i for i in range(1, topology.MOST_NODES + 2) if i not in taken)
-        self._make_node(topology.make_node(name, index, self.record.dual_stack))
+        self._make_node(self._topology.make_node(name, index, self.record.dual_stack))
         self._tell_runtime({"add": name})
         self._start_agent(name)
 
@@ -277,13 +287,14 @@ class Supervisor:
         del self.children[f"agent-{node.name}"]
         del self.record.nodes[node.name]
         self._tell_runtime({"remove": node.name})
-        topology.remove_node(self.lab, node)
+        self._topology.remove_node(self.lab, node)
         self.namespaces.pop(node.name).close()
 
     def _command_readdress_node(self, request: Json) -> None:
         old = self._node(request)
-        new = topology.make_node(old.name, old.index, self.record.dual_stack, int(request["host"]))
-        topology.readdress_node(self.lab, old, new, self.record.dual_stack)
+        dual_stack = self.record.dual_stack
+        new = self._topology.make_node(old.name, old.index, dual_stack, int(request["host"]))
+        self._topology.readdress_node(self.lab, old, new, dual_stack)
         self.record.nodes[new.name] = new
         self._tell_runtime({"add": new.name})
 
@@ -296,9 +307,10 @@ class Supervisor:
     def _tell_runtime(self, _change: Json) -> None:
         """The runtime reads the nodes from lab.json."""
         self.lab.write(self.record)
-        child = self.children["runtime"]
-        if child.pid:
-            signal.pidfd_send_signal(child.pidfd, signal.SIGHUP)
+        for role in ("runtime", "cloud"):
+            child = self.children.get(role)
+            if child and child.pid:
+                signal.pidfd_send_signal(child.pidfd, signal.SIGHUP)
 
 
 def _woken(_number: int, _frame: FrameType | None) -> None:

@@ -79,8 +79,8 @@ def build(lab: LabDir, dual_stack: bool) -> None:
         with NetlinkSocket(netns_fd=underlay) as sock:
             _build_router(sock, underlay, outside, dual_stack)
         with NetlinkSocket(netns_fd=outside) as sock:
-            _number(sock, outside, "eth0", OUTSIDE, WORLD, dual_stack)
-            _default_route(sock, "eth0", WORLD_ROUTER, dual_stack)
+            number(sock, outside, "eth0", OUTSIDE, WORLD, dual_stack)
+            default_route(sock, "eth0", WORLD_ROUTER, dual_stack)
     finally:
         os.close(underlay)
         os.close(outside)
@@ -105,8 +105,8 @@ def _build_router(sock: NetlinkSocket, underlay: int, outside: int, dual_stack: 
         link.add_bridge(End("nodes", mac=b"\x02\x00\xac\x12\x00\x01"), up=True),
         link.add_veth(End("world"), End("eth0", outside), up=True),
     )
-    _number(sock, underlay, "nodes", ROUTER, UNDERLAY, dual_stack)
-    _number(sock, underlay, "world", WORLD_ROUTER, WORLD, dual_stack)
+    number(sock, underlay, "nodes", ROUTER, UNDERLAY, dual_stack)
+    number(sock, underlay, "world", WORLD_ROUTER, WORLD, dual_stack)
     for family in families(dual_stack):
         # the world forgets packets to private addresses without a word
         nowhere = Route(parse_prefix(POD_RANGE[family]), kind=route.BLACKHOLE)
@@ -124,8 +124,8 @@ def add_node(lab: LabDir, node: Node, dual_stack: bool) -> None:
             port = End(f"node{node.index}")
             sock.run(link.add_veth(port, End("eth0", node_fd), up=True, master=bridge))
         with NetlinkSocket(netns_fd=node_fd) as sock:
-            _number(sock, node_fd, "eth0", node.addresses, UNDERLAY, dual_stack)
-            _default_route(sock, "eth0", ROUTER, dual_stack)
+            number(sock, node_fd, "eth0", node.addresses, UNDERLAY, dual_stack)
+            default_route(sock, "eth0", ROUTER, dual_stack)
     finally:
         os.close(node_fd)
         os.close(underlay)
@@ -151,8 +151,8 @@ def readdress_node(lab: LabDir, old: Node, new: Node, dual_stack: bool) -> None:
             for family, text in enumerate(old.addresses):
                 length = parse_prefix(UNDERLAY[family]).length
                 sock.run(address.delete(InterfaceAddress(index, parse_address(text), length)))
-            _number(sock, node_fd, "eth0", new.addresses, UNDERLAY, dual_stack)
-            _default_route(sock, "eth0", ROUTER, dual_stack)
+            number(sock, node_fd, "eth0", new.addresses, UNDERLAY, dual_stack)
+            default_route(sock, "eth0", ROUTER, dual_stack)
     finally:
         os.close(node_fd)
 
@@ -164,7 +164,7 @@ def _index(sock: NetlinkSocket, name: str) -> int:
     return found.index
 
 
-def _number(
+def number(
     sock: NetlinkSocket,
     fd: int,
     name: str,
@@ -188,7 +188,7 @@ def _number(
     sock.run(*requests)
 
 
-def _default_route(
+def default_route(
     sock: NetlinkSocket, name: str, gateways: tuple[str, ...], dual_stack: bool
 ) -> None:
     index = _index(sock, name)

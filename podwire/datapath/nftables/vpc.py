@@ -7,6 +7,9 @@ by which a pod's packet leaves. So a connection gets the mark when
 * a pod opened it to something beyond the VPC: after DNAT, for a ClusterIP is not beyond. This is a
   filter chain: behind a DNAT that took effect the kernel calls no further chain of type nat.
 
+What has the primary address already is left alone: a connection from before the first rule has no
+entry yet, would count as new and have its port changed under it.
+
 Every packet of a pod then takes the bit of its connection. Only our bit of either mark is touched.
 """
 
@@ -103,6 +106,7 @@ ct mark set ct mark | {mark}"""
   chain postrouting {{
     type nat hook postrouting priority srcnat + 1; policy accept;
     oifname "lo" return
+    ip saddr {format_address(table.primary)} return
     ip daddr @near return
     fib daddr type local return
     snat to {format_address(table.primary)}{_PORTS[table.random_ports]}

@@ -206,16 +206,24 @@ class Model:
         self.subnets[subnet.id] = subnet
         return subnet
 
-    def run_instance(self, type: str, subnet: Subnet, *, ipv6: bool = False) -> Instance:
+    def run_instance(
+        self,
+        type: str,
+        subnet: Subnet,
+        *,
+        ipv6: bool = False,
+        address: str = "",
+        address6: str = "",
+    ) -> Instance:
         """Launch an instance with its primary ENI at device index 0."""
         limits = known_limits(type)
         if limits is None:
             raise Ec2Error("InvalidParameterValue", f"Invalid value '{type}' for InstanceType.")
         instance = Instance(self._id("i"), type, subnet, limits)
         self.instances[instance.id] = instance
-        eni = self.create_eni(subnet, groups=["sg-default"])
+        eni = self.create_eni(subnet, groups=["sg-default"], primary=address)
         if ipv6:
-            eni.ipv6 = subnet.take6(1)
+            eni.ipv6 = [address6] if address6 else subnet.take6(1)
         self.attach(eni, instance, 0, 0, ready_at=self.clock()).delete_on_termination = True
         return instance
 

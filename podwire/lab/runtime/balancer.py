@@ -11,7 +11,6 @@ import errno
 import os
 from collections.abc import Iterable, Mapping
 
-from podwire.errors import KernelError
 from podwire.kernel import link, netns, route
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.kernel.route import NextHop, Route
@@ -58,9 +57,7 @@ class Balancer:
         finally:
             os.close(fd)
         bridge = link.find(self._socket, "nodes")
-        if bridge is None:
-            raise KernelError("the underlay has no bridge")
-        self._bridge = bridge.index
+        self._bridge = bridge.index if bridge else 0  # a VPC has none: by the nodes' own routes
         self._present: dict[Address, tuple[Address, ...]] = {}
         for known in route.dump(self._socket, protocol=route.PROTOCOL_STATIC):
             self._socket.run(route.delete(known).tolerating(errno.ESRCH))

@@ -139,7 +139,7 @@ def node_object(name: str, addresses: Sequence[str], pod_cidrs: Sequence[str]) -
                 "kubernetes.io/arch": "amd64",
             },
         },
-        "spec": {"podCIDR": pod_cidrs[0], "podCIDRs": list(pod_cidrs)},
+        "spec": {"podCIDR": pod_cidrs[0], "podCIDRs": list(pod_cidrs)} if pod_cidrs else {},
         "status": {
             "addresses": [
                 *({"type": "InternalIP", "address": address} for address in addresses),
