@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from podwire.cni.lifecycle import Collaborators, CursorPool, Lifecycle, SpoofGuard
+from podwire.cni.collaborators import Collaborators, CursorPool, SpoofGuard
+from podwire.cni.lifecycle import Lifecycle
 from podwire.cni.plan import NodeConfig
 from podwire.ipam.pool import Pool
 from podwire.ipam.state import State

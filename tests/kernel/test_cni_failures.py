@@ -79,7 +79,6 @@ class World:
             with NetlinkSocket(netns_fd=fd) as sock:
                 found += [each.name for each in link.dump(sock) if each.kind not in ("", "bridge")]
         found += [str(known.key) for known in self.state.attachments()]
-        self.guard.flush()
         with NfTables(self.node) as nft:
             found += [str(e.key) for e in nft.elements(Set(BRIDGE, TABLE, "ports"))]
         listed = netns.run(self.node, ["nft", "list", "ruleset"]).stdout
