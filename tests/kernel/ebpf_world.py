@@ -21,6 +21,7 @@ POD = {
     2: {4: "10.244.0.3", 6: "fd44::3"},
 }
 MAC = {1: "02:00:00:00:01:01", 2: "02:00:00:00:01:02"}
+UPLINK_MAC = ("02:00:00:00:03:01", "02:00:00:00:03:02")
 HOST_MAC = {1: "02:00:00:00:02:01", 2: "02:00:00:00:02:02"}
 
 
@@ -70,7 +71,8 @@ class World:
         node, outside = self.spaces["node"], self.spaces["outside"]
         self.batch(
             node,
-            f"link add up0 type veth peer name eth0 netns /proc/{os.getpid()}/fd/{outside}",
+            f"link add up0 address {UPLINK_MAC[0]} type veth peer name eth0 "
+            f"address {UPLINK_MAC[1]} netns /proc/{os.getpid()}/fd/{outside}",
             f"addr add {NODE[4]}/24 dev up0",
             f"addr add {NODE[6]}/64 dev up0 nodad",
             "link set up0 up",
@@ -86,8 +88,14 @@ class World:
             f"route add 192.0.2.0/24 via {NODE[4]}",
             f"route add fd00::/8 via {NODE[6]}",
         )
+        # permanent: the neighbour table has 1,024 places for all namespaces of the machine
         self.batch(
-            node, f"route add default via {OUTSIDE[4]}", f"route add default via {OUTSIDE[6]}"
+            node,
+            *(f"neigh add {OUTSIDE[f]} lladdr {UPLINK_MAC[1]} dev up0" for f in (4, 6)),
+            *(f"route add default via {OUTSIDE[f]}" for f in (4, 6)),
+        )
+        self.batch(
+            outside, *(f"neigh add {NODE[f]} lladdr {UPLINK_MAC[0]} dev eth0" for f in (4, 6))
         )
 
     def _wire_pod(self, number):

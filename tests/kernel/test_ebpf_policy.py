@@ -98,15 +98,16 @@ def check(world, table, protocols=tuple(KINDS), families=(4, 6)):
                             port,
                             source_node="node" if space == "node" else None,
                         )
-                        seen = world.observe(
-                            space, target[family], port, KINDS[protocol], tries=1, timeout=0.08
-                        )
-                        connects = seen == {(target[family], source[family])}
                         judged = table.judge(packet)
                         ends = [judged.egress]
                         if target is not REMOTE:  # whose node is not here to enforce
                             ends.append(judged.ingress)
                         allowed = all(end.verdict is not Verdict.DENY for end in ends)
+                        wait = 3 if allowed else 0.08
+                        seen = world.observe(
+                            space, target[family], port, KINDS[protocol], tries=1, timeout=wait
+                        )
+                        connects = seen == {(target[family], source[family])}
                         assert connects == allowed, (space, target, packet)
 
 
@@ -160,7 +161,8 @@ def test_a_refusal_names_the_policy_and_audit_only_reports(world):
     ):
         enforce(world, policy("closed", spec, **annotations))
         list(ring.read())
-        seen = world.observe("pod2", POD[1][4], 80, tries=1, timeout=0.2)
+        wait = 3 if connects else 0.2
+        seen = world.observe("pod2", POD[1][4], 80, tries=1, timeout=wait)
         assert (seen == {(POD[1][4], POD[2][4])}) is connects
         events = [EVENT.unpack(record) for record in ring.read()]
         flows = [FLOW.unpack(event[-1]) for event in events if event[1] == reason]
