@@ -116,13 +116,15 @@ struct creation {
 	struct connection value;
 };
 
-/* Write the entry of the answers; false when another connection has this key. */
-static __always_inline int claim_answers(void *map, struct creation *c, const struct flow *original,
-					 const struct flow *to)
+/* Write the entry of the answers. -ERROR_EXIST: another connection has this key. */
+__noinline int claim_answers(struct creation *c, const struct flow *original, const struct flow *to)
 {
+	void *map = current_map(&connections);
 	struct connection *other;
 	int error;
 
+	if (!c || !original || !to || !map)
+		return -ERROR_INVALID;
 	reverse(&c->key, to);
 	reverse(&c->value.to, original);
 	c->value.flags |= CONNECTION_REPLY;
@@ -154,13 +156,13 @@ static __always_inline enum reason create_connection(struct creation *c, const s
 	c->value.service = service;
 	c->value.flags = flags;
 	if (!ports)
-		error = claim_answers(map, c, &p->flow, to);
+		error = claim_answers(c, &p->flow, to);
 	while (error == -ERROR_EXIST && tries < PORT_TRIES) {
 		to->source_port = bpf_htons(first_port + (start + tries * 7) % port_count);
 		if (to->protocol == IPPROTO_ICMP || to->protocol == IPPROTO_ICMPV6)
 			to->destination_port = to->source_port;
 		c->value.flags |= CONNECTION_TRANSLATED;
-		error = claim_answers(map, c, &p->flow, to);
+		error = claim_answers(c, &p->flow, to);
 		tries++;
 	}
 	if (error)

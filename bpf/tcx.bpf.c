@@ -77,13 +77,20 @@ static __always_inline int send(struct __sk_buff *ctx, const struct packet *p, e
 	return TCX_NEXT;
 }
 
-/* Make the packet look as `w->to` and send it on. */
-static __always_inline int translate(struct __sk_buff *ctx, struct work *w, enum place place)
-{
-	struct packet *p = &w->packet;
-	bool source = !same_address(&p->flow.source, &w->to.source);
-	bool destination = !same_address(&p->flow.destination, &w->to.destination);
+/* Functions that are not static are verified once, by themselves, and not anew at every call with all
+ * that is known there: it keeps the verifier's work small. */
 
+/* Make the packet look as `w->to` and send it on. */
+__noinline int translate(struct __sk_buff *ctx, struct work *w, int place)
+{
+	bool source, destination;
+	struct packet *p;
+
+	if (!w)
+		return TCX_DROP;
+	p = &w->packet;
+	source = !same_address(&p->flow.source, &w->to.source);
+	destination = !same_address(&p->flow.destination, &w->to.destination);
 	if (rewrite(ctx, p, &w->to))
 		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
 	return send(ctx, p, place, source, destination);
@@ -122,16 +129,41 @@ static __always_inline bool is_shadowed(struct work *w)
 	return find_connection(&w->creation.key);
 }
 
-/* The first packet of a connection, or one that needs no entry. */
-static __always_inline int begin(struct __sk_buff *ctx, struct work *w, enum place place)
+/* Tell the client that its packet is refused. */
+__noinline int reject(struct __sk_buff *ctx, struct work *w, int place)
 {
-	struct packet *p = &w->packet;
+	if (!w)
+		return TCX_DROP;
+	return refuse(ctx, &w->packet, &w->refusal, place == PLACE_NODE);
+}
+
+/* An ICMP error: what it says of a translated packet is translated back. */
+__noinline int pass_error(struct __sk_buff *ctx, struct work *w, int place)
+{
+	int error = 0;
+
+	if (!w)
+		return TCX_DROP;
+	if (!translate_error(ctx, &w->packet, &w->inner, &w->to, &error))
+		return TCX_NEXT; /* about nothing that was translated */
+	if (error)
+		return drop(ctx, REASON_WRITE_FAILED, &w->packet.flow);
+	return send(ctx, &w->packet, place, true, true);
+}
+
+/* The first packet of a connection, or one that needs no entry. */
+__noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
+{
 	enum verdict verdict = VERDICT_NONE;
 	struct frontend *frontend = NULL;
 	bool tracked = false, ports = false;
 	enum reason reason;
+	struct packet *p;
 	__u32 why;
 
+	if (!w)
+		return TCX_DROP;
+	p = &w->packet;
 	w->to = p->flow;
 	w->choice.masquerade = false;
 	w->choice.service = 0;
@@ -143,7 +175,7 @@ static __always_inline int begin(struct __sk_buff *ctx, struct work *w, enum pla
 			why = w->choice.reason;
 		}
 		if (verdict == VERDICT_REJECT)
-			return refuse(ctx, p, &w->refusal, place == PLACE_NODE);
+			return reject(ctx, w, place);
 		if (verdict == VERDICT_DROP)
 			return drop(ctx, why, &p->flow);
 		if (verdict == VERDICT_TRANSLATE) {
@@ -180,7 +212,6 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 	struct work *w = bpf_map_lookup_elem(&scratch, &key);
 	struct connection *connection;
 	struct packet *p;
-	int error;
 
 	if (!w)
 		return TCX_NEXT;
@@ -198,13 +229,8 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return address_flags(&p->flow.destination) & ~ADDRESS_NODE || with_policy ?
 			       drop(ctx, REASON_FRAGMENT_LOST, &p->flow) : TCX_NEXT;
 
-	if (p->kind == PACKET_ICMP_ERROR) {
-		if (!translate_error(ctx, p, &w->inner, &w->to, &error))
-			return TCX_NEXT; /* about nothing that was translated */
-		if (error)
-			return drop(ctx, REASON_WRITE_FAILED, &p->flow);
-		return send(ctx, p, place, true, true);
-	}
+	if (p->kind == PACKET_ICMP_ERROR)
+		return pass_error(ctx, w, place);
 	connection = find_connection(&p->flow);
 	if (connection && is_reopened(connection, p)) {
 		reverse(&w->to, &connection->to);

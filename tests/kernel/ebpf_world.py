@@ -158,6 +158,34 @@ class World:
 
         self._closing.callback(stop)
 
+    def echo(self, space, address, port):
+        """Send back whatever comes, on any number of TCP connections."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = netns.socket(self.spaces[space], family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(64)
+
+        def serve(client):
+            with contextlib.suppress(OSError), client:
+                while data := client.recv(65536):
+                    client.sendall(data)
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    client = listener.accept()[0]
+                    threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+
+        def stop():
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+        self._closing.callback(stop)
+
     def observe(self, space, address, port, kind=socket.SOCK_STREAM, *, tries=12, **options):
         """What many clients saw: ``(server, client)`` pairs, ``refused`` or ``silence``."""
         seen = set()

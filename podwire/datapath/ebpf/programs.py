@@ -139,6 +139,11 @@ class Programs:
                 raise
             self.sync_links()
 
+    def reload(self) -> None:
+        """Load the programs anew and put each in the place of the one that runs."""
+        with self.lock:
+            self._load()
+
     def add_pod(self, ifindex: int) -> None:
         """The host's end of a pod's veth is to be treated as one."""
         self._pods.add(ifindex)

@@ -1,0 +1,167 @@
+"""Agents die and programs are replaced under traffic; no connection notices."""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.policy import PolicyPart
+from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.services import ServicesPart
+from podwire.errors import KernelError
+from podwire.kernel import netns
+from podwire.kernel.bpf import Map, MapType, features, pins
+from podwire.net import Protocol, parse_address
+from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, World
+from tests.kernel.test_ebpf_services import VIP, make_port, make_table
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+]
+if os.geteuid() == 0 and features.missing():
+    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+
+
+@pytest.fixture
+def world():
+    with World() as made:
+        for family in (4, 6):
+            made.echo("pod1", POD[1][family], 80)
+        yield made
+
+
+def ports():
+    return [
+        make_port(f"v{family}", 80, [POD[1][family]], family=family, protocol=Protocol.TCP)
+        for family in (4, 6)
+    ]
+
+
+def agent(world):
+    """The parts as an agent starts them, over whatever is there."""
+    programs = Programs(world.name, world.spaces["node"])
+    services, pods = ServicesPart(programs=programs), EbpfPods(programs)
+    pods.start()
+    services.start()
+    pods.replace(
+        PodLink(
+            world.ifindex(f"pod{n}"),
+            *(bytes.fromhex(m[n].replace(":", "")) for m in (HOST_MAC, MAC)),
+            tuple(parse_address(text) for text in POD[n].values()),
+        )
+        for n in (1, 2)
+    )
+    services.apply(make_table(ports()))
+    return programs, services
+
+
+class Talk(threading.Thread):
+    """One connection that never stops talking; `failure` says what went wrong."""
+
+    def __init__(self, world, space, target):
+        super().__init__(daemon=True)
+        family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
+        self.socket = netns.socket(world.spaces[space], family, socket.SOCK_STREAM)
+        self.socket.settimeout(5)
+        self.socket.connect(target)
+        self.stopped, self.turns, self.failure = threading.Event(), 0, None
+
+    def run(self):
+        try:
+            while not self.stopped.is_set():
+                message = self.turns.to_bytes(4, "big") * 8
+                self.socket.sendall(message)
+                answer = b""
+                while len(answer) < len(message):
+                    part = self.socket.recv(100)
+                    assert part, "closed"
+                    answer += part
+                assert answer == message
+                self.turns += 1
+        except Exception as error:
+            self.failure = repr(error)
+        self.socket.close()
+
+
+def survive(world, restarts, replacements):
+    """Kill agents and replace programs under traffic; how often each connection spoke."""
+    agent(world)[1].close()
+    talks = [
+        Talk(world, space, target)
+        for space, target in (
+            ("pod2", (VIP[4], 80)),
+            ("pod2", (VIP[6], 80)),
+            ("pod2", (POD[1][4], 80)),
+            ("node", (VIP[4], 80)),
+            ("outside", (NODE[4], 30080)),
+            ("outside", (NODE[6], 30080)),
+        )
+    ]
+    for talk in talks:
+        talk.start()
+    for number in range(restarts):
+        child = os.fork()
+        if child == 0:
+            try:
+                agent(world)
+                signal.pause()
+            finally:
+                os._exit(1)
+        # at any point of its start, or a while after it
+        time.sleep(0.2 * number / restarts)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        new = Talk(world, "outside", (NODE[4], 30080))
+        new.socket.sendall(b"?")
+        assert new.socket.recv(1) == b"?"
+        new.socket.close()
+    programs, services = agent(world)
+    for _ in range(replacements):
+        programs.reload()
+    for talk in talks:
+        talk.stopped.set()
+    for talk in talks:
+        talk.join(timeout=10)
+    assert [talk.failure for talk in talks] == [None] * len(talks)
+    assert services.verify() == []
+    services.close()
+    return [talk.turns for talk in talks]
+
+
+def test_killed_agents_and_replaced_programs_break_no_connection(world):
+    """Six and two here; fifty and ten in `make bench BENCH=upgrade`."""
+    assert all(turns > 20 for turns in survive(world, 6, 2))
+
+
+def test_maps_of_another_layout_are_refused_in_words(world):
+    folder = pins.directory(world.name)
+    other = Map.create(MapType.ARRAY, 4, 4, 1, name="layout")
+    other.update(bytes(4), (999).to_bytes(4, "little"))
+    pins.pin(other, folder / "layout")
+    other.close()
+    programs = Programs(world.name, world.spaces["node"])
+    with pytest.raises(KernelError, match=r"layout 999, this podwire uses .*--cleanup"):
+        ServicesPart(programs=programs).start()
+    programs.cleanup()
+    assert not (pins.ROOT / "podwire" / world.name).exists()
+
+
+def test_parts_join_one_after_the_other(world):
+    programs = Programs(world.name, world.spaces["node"])
+    services = ServicesPart(programs=programs)
+    services.start()
+    services.apply(make_table(ports()))
+    talk = Talk(world, "pod2", (VIP[4], 80))
+    policy = PolicyPart(programs=programs)
+    policy.start()
+    assert programs.features == {"services", "policy"}
+    talk.socket.sendall(b"?")
+    assert talk.socket.recv(1) == b"?"
+    talk.socket.close()
+    policy.close()
+    services.close()
