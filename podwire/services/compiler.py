@@ -135,15 +135,16 @@ class ServiceCompiler:
             yield after
 
     def _read_slices(self, key: Key) -> list[SliceEndpoints]:
-        node_name = self._settings.node.name
+        """What the slices of a served Service say."""
+        node_name, served = self._settings.node.name, key in self._specs
         read: list[SliceEndpoints] = []
         for slice_ in self._slices.get(key, ()):
-            said = endpoints.read_slice(slice_, node_name)
+            name = f"EndpointSlice {slice_.metadata.namespace}/{slice_.metadata.name}"
+            self._problems.pop(name, None)
+            said = endpoints.read_slice(slice_, node_name) if served else None
             if said is None:
                 continue
             read.append(said)
-            name = f"EndpointSlice {slice_.metadata.namespace}/{slice_.metadata.name}"
-            self._problems.pop(name, None)
             if said.problem:
                 self._note(name, said.problem)
         return read
@@ -219,7 +220,7 @@ class ServiceCompiler:
 
     def _compile(self, key: Key, out: dict[ServicePortName, ServicePort | None]) -> None:
         """Put the Service's ports as they are now into `out`, None for those that are gone."""
-        slices = self._read_slices(key) if key in self._specs else []
+        slices = self._read_slices(key)
         health = 0
         specs = self._specs.get(key, ())
         for port in specs:

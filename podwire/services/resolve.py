@@ -54,13 +54,15 @@ class Resolution:
     masquerade: bool = False
     hairpin: tuple[Backend, ...] = ()
     """Backends that are the client itself: masqueraded, whatever `masquerade` says."""
+    delivered: tuple[Backend, ...] = ()
+    """Backends that are the node itself: nothing is masqueraded on the way to a local process."""
     service: ServicePortName | None = None
     frontend: Frontend | None = None
     affinity_timeout_s: int = 0
 
     def masquerades(self, backend: Backend) -> bool:
         """Whether this backend sees an address of the node instead of the client's."""
-        return self.masquerade or backend in self.hairpin
+        return (self.masquerade and backend not in self.delivered) or backend in self.hairpin
 
 
 def resolve(table: ServiceTable, packet: Packet) -> Resolution:
@@ -80,12 +82,14 @@ def resolve(table: ServiceTable, packet: Packet) -> Resolution:
         why = "no usable endpoints on this node, and the traffic policy is Local"
         return Resolution("drop", why, service=name, frontend=frontend)
     itself = [b for b in port.on_node if backend_address(b) == packet.source and b in backends]
+    delivered = [b for b in port.on_node if packet.interface and _is_own(table, backend_address(b))]
     return Resolution(
         "dnat",
         why,
         backends,
         masquerade,
         tuple(itself),
+        tuple(delivered),
         name,
         frontend,
         port.affinity_timeout_s,

@@ -70,22 +70,35 @@ class Model:
         destination, source = self.reply(label)
         return source[0], source, destination
 
-    def _first(self, probe: Probe) -> Seen:
-        source = parse_address(probe.source)
-        said = self._table.resolve(
+    def resolve(self, probe: Probe) -> Resolution:
+        """What the evaluator says of a probe."""
+        return self._table.resolve(
             Packet(
-                source,
+                parse_address(probe.source),
                 parse_address(probe.destination),
                 probe.protocol,
                 probe.destination_port,
                 _INTERFACES[probe.origin],
             )
         )
+
+    def possible(self, probe: Probe) -> list[Seen]:
+        """All that may come of a probe."""
+        said = self.resolve(probe)
+        if said.verdict != "dnat":
+            return [Seen(said.verdict)]
+        return [self._seen(probe, said, backend) for backend in said.backends]
+
+    def _first(self, probe: Probe) -> Seen:
+        said = self.resolve(probe)
         if said.verdict != "dnat":
             return Seen(said.verdict)
-        backend = self._choose(source, said)
-        seen_by = MASQUERADED[len(source)] if said.masquerades(backend) else probe.source
-        return Seen("dnat", format_backend(backend), seen_by)
+        return self._seen(probe, said, self._choose(parse_address(probe.source), said))
+
+    def _seen(self, probe: Probe, said: Resolution, backend: bytes) -> Seen:
+        masqueraded = MASQUERADED[len(backend) - 2]
+        source = masqueraded if said.masquerades(backend) else probe.source
+        return Seen("dnat", format_backend(backend), source)
 
     def _choose(self, client: bytes, said: Resolution) -> bytes:
         key = (client, said.service)

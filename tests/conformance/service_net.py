@@ -22,6 +22,7 @@ from podwire.datapath import Part
 from podwire.kernel import link, netlink, netns, sysctl
 from podwire.kernel.link import End
 from podwire.kernel.netlink import NetlinkSocket
+from podwire.kernel.nftables import NfTables
 from podwire.net import Protocol, parse_address
 from podwire.services import ServiceTable
 from podwire.services.stale import Flow, StaleFlows
@@ -42,6 +43,8 @@ _ETH_P_ALL = 3
 _SO_RCVBUFFORCE = 33
 _PACKET_IGNORE_OUTGOING = 23
 _LOG_GROUP = 7
+_BURST = 200
+"""Packets sent before looking: a busy kernel drops what is beyond `netdev_max_backlog` (1,000)."""
 _SYSCTLS = {
     "net.ipv4.ip_forward": 1,
     "net.ipv6.conf.all.forwarding": 1,
@@ -121,7 +124,9 @@ class Net:
         self._ip(f"route add default dev {UPLINK}", f"route add ::/0 dev {UPLINK}")
         _ip_batch(self._around, ["link set pods up", "link set world up"])
         self._frames = {name: self._frame_socket(name) for name in ("pods", "world")}
-        netns.run(self.node, ["nft", "-f", "-"], stdin=_OBSERVER).check_returncode()
+        self.nft = NfTables(self.node)
+        self._close.callback(self.nft.close)
+        self.nft.run(_OBSERVER)
         self._log = self._log_socket()
         self._raw = {
             4: netns.socket(self.node, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW),
@@ -132,10 +137,21 @@ class Net:
         )
         for sock in (*self._raw.values(), self._conntrack):
             self._close.callback(sock.close)
-        self._macs = {
-            "pods": self._mac(POD_SIDE),
-            "world": self._mac(UPLINK),
-        }
+        self._macs = {"pods": self._mac(POD_SIDE), "world": self._mac(UPLINK)}
+        # On one CPU packets are worked off in the order they were sent, so that a sentinel that
+        # has come through says that those before it have.
+        allowed = os.sched_getaffinity(0)
+        self._close.callback(os.sched_setaffinity, 0, allowed)
+        os.sched_setaffinity(0, {min(allowed)})
+        self._await_links()
+
+    def _await_links(self) -> None:
+        """A link drops what it is given until a worker of the kernel has noticed its carrier."""
+        for _ in range(100):
+            with contextlib.suppress(TimeoutError):
+                self._observe({}, wait_s=0.5)
+                return
+        raise TimeoutError("the links do not come up")
 
     def _ip(self, *commands: str) -> None:
         _ip_batch(self.node, commands)
@@ -244,12 +260,15 @@ class Net:
     # --- packets ----------------------------------------------------------------------------------
 
     def connect(self, probes: list[Probe]) -> list[Seen]:
-        start = self._number
-        for number, probe in enumerate(probes, start):
-            self._send_first(probe, number)
-        self._number += len(probes)
-        found = self._observe({start + i: probe for i, probe in enumerate(probes)})
-        return [self._judge(probe, found.get(start + i)) for i, probe in enumerate(probes)]
+        seen: list[Seen] = []
+        for first in range(0, len(probes), _BURST):
+            numbered = dict(enumerate(probes[first : first + _BURST], self._number + 1))
+            self._number += len(numbered)
+            for number, probe in numbered.items():
+                self._send_first(probe, number)
+            found = self._observe(numbered)
+            seen += [self._judge(probe, found.get(number)) for number, probe in numbered.items()]
+        return seen
 
     def open(self, label: str, probe: Probe) -> Seen:
         self._number += 1
@@ -346,7 +365,7 @@ class Net:
     # --- observation ------------------------------------------------------------------------------
 
     def _observe(
-        self, probes: dict[int, Probe], *, errors: bool = False
+        self, probes: dict[int, Probe], *, errors: bool = False, wait_s: float = 20
     ) -> dict[int, tuple[bytes, str]]:
         """What became of each marked packet: the packet as it was last seen, and where.
 
@@ -356,31 +375,34 @@ class Net:
         sentinels = self._send_sentinels()
         found: dict[int, tuple[bytes, str]] = {}
         refused: dict[int, tuple[bytes, str]] = {}
-        by_client = {(probe.source, probe.source_port): n for n, probe in probes.items()}
-        deadline = time.monotonic() + 10
+        by_ends = {
+            (probe.source, probe.source_port, probe.destination, probe.destination_port): number
+            for number, probe in probes.items()
+        }
+        deadline = time.monotonic() + wait_s
         while sentinels:
             if time.monotonic() > deadline:
-                raise TimeoutError("the node does not forward any more")
+                raise TimeoutError(f"lost: {', '.join(sentinels.values())}")
             for packet, place in self._captured():
                 wire = packets.parse(packet)
                 number = packets.find_marker(packet)
                 if number is None and wire.is_error:
-                    number = by_client.get((wire.destination, wire.destination_port))
+                    number = by_ends.get(wire.answered)
                 if number in sentinels:
-                    sentinels.discard(number)
+                    del sentinels[number]
                 elif number in probes:
                     (refused if wire.is_error else found)[number] = (packet, place)
         return refused if errors else {**refused, **found}
 
-    def _send_sentinels(self) -> set[int]:
-        numbers: set[int] = set()
+    def _send_sentinels(self) -> dict[int, str]:
+        numbers: dict[int, str] = {}
         for origin, source, destination in (
             ("pod", "198.18.77.1", _SENTINEL[4]),
             ("external", "198.18.77.2", _SENTINEL[4]),
             ("host", MASQUERADED[4], MASQUERADED[4]),
         ):
             self._number += 1
-            numbers.add(self._number)
+            numbers[self._number] = origin
             ports = (9, 9)
             self._send(
                 origin, packets.first(source, destination, Protocol.UDP, ports, self._number)

@@ -50,6 +50,11 @@ class Wire:
         return self.protocol == Protocol.TCP and bool(self.payload[13] & RST)
 
     @property
+    def answered(self) -> tuple[str, int, str, int]:
+        """Source and destination of the packet that this one answers."""
+        return (self.destination, self.destination_port, self.source, self.source_port)
+
+    @property
     def quoted(self) -> Wire:
         """The packet inside an ICMP error."""
         return parse(self.payload[8:])

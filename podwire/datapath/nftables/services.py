@@ -92,12 +92,7 @@ class ServicesPart:
             generation = self._nft.generation()
             if self._trusted and generation == self._generation:
                 return []
-            repairs: list[str] = []
-            for family in self._families.values():
-                if not family.intact():
-                    family.make()
-                    repairs.append(f"made the rules of {family} again")
-            repairs += self._apply_all(self._table)
+            repairs = self._apply_all(self._table)
             for family in self._families.values():
                 family.remove_unused_rules()
             self._generation = self._nft.generation()
@@ -124,10 +119,13 @@ class ServicesPart:
         self._finish(transaction, new)
 
     def _apply_all(self, table: ServiceTable) -> list[str]:
-        """Read back what the kernel holds and change the difference; what was repaired."""
+        """Read back what the kernel holds and change the difference; what of it was amiss."""
         transaction = Transaction()
         repairs: list[str] = []
         for number, family in self._families.items():
+            if not family.intact():
+                family.make()
+                repairs.append(f"made the rules of {family} again")
             ports = [port for name, port in table.ports.items() if name.family == number]
             repairs += family.plan_all(transaction, ports, table.settings)
         self._finish(transaction, table)

@@ -368,5 +368,7 @@ def _affinity(words: Words, rule: Rule) -> list[str]:
         f"meta priority set {key} map @{name}affinity-counts",
         f"meta priority vmap @{name}affinity-new",
         f"add @affinity {{ {entry} timeout {rule.number}s : meta priority }}",
+        # Of two packets at once the first to learn decides for both.
+        f"meta priority set {entry} map @affinity",
         use,
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
@@ -22,31 +21,7 @@ from podwire.services import (
     ServiceTable,
     format_backend,
 )
-
-NODE = NodeFacts("node-a", (parse_address("192.168.50.10"), parse_address("2001:db8::a")))
-
-
-def service(name: str = "web", *, ip: str = "10.96.0.1", created: str = "", **spec: object):
-    ports = spec.pop("ports", [kube.ServicePort(name="http", port=80)])
-    return kube.Service(
-        metadata=kube.Metadata(name=name, namespace="demo", creation_timestamp=created),
-        spec=kube.ServiceSpec(cluster_ip=ip, cluster_ips=[ip], ports=ports, **spec),  # type: ignore[arg-type]
-    )
-
-
-def endpoint_slice(
-    of: str = "web", addresses: Iterable[str] = ("10.20.1.11",), name: str = "", **conditions: bool
-):
-    return kube.EndpointSlice(
-        metadata=kube.Metadata(
-            name=name or f"{of}-1", namespace="demo", labels={"kubernetes.io/service-name": of}
-        ),
-        endpoints=[
-            kube.Endpoint(addresses=[a], conditions=kube.EndpointConditions(**conditions))
-            for a in addresses
-        ],
-        ports=[kube.EndpointPort(name="http", protocol="TCP", port=8080)],
-    )
+from tests.service_objects import NODE, endpoint_slice, histories, service
 
 
 def compiled(*objects: kube.Resource, config: ProxyConfig | None = None) -> ServiceTable:
@@ -221,44 +196,12 @@ def test_a_table_shares_what_did_not_change_and_a_repeat_changes_nothing() -> No
 
 # --- law: changes applied one by one lead to the same table as all at once ------------------------
 
-NAMES = st.sampled_from(["a", "b", "c"])
-IPS = st.sampled_from(["10.96.0.1", "10.96.0.2", "fd00::1", "None"])
-SERVICES = st.builds(
-    lambda name, ip, created, number, local, external: service(
-        name,
-        ip=ip,
-        created=created,
-        ports=[kube.ServicePort(name="http", port=80, node_port=number)],
-        type="NodePort",
-        internal_traffic_policy="Local" if local else "Cluster",
-        external_traffic_policy="Local" if local else "Cluster",
-        external_ips=external,
-    ),
-    NAMES,
-    IPS,
-    st.sampled_from(["1", "2"]),
-    st.sampled_from([0, 30001, 30002]),
-    st.booleans(),
-    st.lists(st.sampled_from(["203.0.113.1", "10.96.0.1"]), max_size=2),
-)
-SLICES = st.builds(
-    lambda of, name, addresses, ready, leaving: endpoint_slice(
-        of, addresses, name=name, ready=ready, serving=True, terminating=leaving
-    ),
-    NAMES,
-    st.sampled_from(["x", "y"]),
-    st.lists(st.sampled_from(["10.20.1.1", "10.20.1.2", "10.20.2.1", "bad"]), max_size=3),
-    st.booleans(),
-    st.booleans(),
-)
-STEPS = st.lists(st.tuples(st.booleans(), st.one_of(SERVICES, SLICES)), min_size=1, max_size=25)
 
-
-@given(STEPS, st.randoms(use_true_random=False))
+@given(histories(25), st.randoms(use_true_random=False))
 @settings(max_examples=150, deadline=None)
-def test_incremental_and_cold_tables_are_equal(steps, order: random.Random) -> None:
+def test_incremental_and_cold_tables_are_equal(history, order: random.Random) -> None:
     store, compiler = Store(), ServiceCompiler(NODE, ProxyConfig())
-    for keep, obj in steps:
+    for keep, obj in history:
         if keep:
             store.put(obj)
         else:
