@@ -34,7 +34,7 @@ def world():
         made.programs = programs
         made.connections = Connections(programs)
         yield made
-        made.part.close()
+        programs.close()
 
 
 @pytest.fixture(autouse=True)

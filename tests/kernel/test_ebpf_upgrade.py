@@ -90,7 +90,7 @@ class Talk(threading.Thread):
 
 def survive(world, restarts, replacements):
     """Kill agents and replace programs under traffic; how often each connection spoke."""
-    agent(world)[1].close()
+    agent(world)[0].close()
     talks = [
         Talk(world, space, target)
         for space, target in (
@@ -129,7 +129,7 @@ def survive(world, restarts, replacements):
         talk.join(timeout=10)
     assert [talk.failure for talk in talks] == [None] * len(talks)
     assert services.verify() == []
-    services.close()
+    programs.close()
     return [talk.turns for talk in talks]
 
 
@@ -163,5 +163,4 @@ def test_parts_join_one_after_the_other(world):
     talk.socket.sendall(b"?")
     assert talk.socket.recv(1) == b"?"
     talk.socket.close()
-    policy.close()
-    services.close()
+    programs.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from podwire.datapath.ebpf.layout import COLLECT, CONNECTION, FLOW, NUMBER, CollectMode, unmapped
-from podwire.datapath.ebpf.programs import Programs
 from podwire.net import Address
+
+if TYPE_CHECKING:
+    from podwire.datapath.ebpf.programs import Programs
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
-from podwire.datapath.ebpf.connections import Connections
-from podwire.datapath.ebpf.programs import Programs
 from podwire.errors import PodwireError
 
 log = logging.getLogger(__name__)
@@ -14,10 +13,10 @@ _INTERVAL_S = 5.0
 
 
 class Housekeeping:
-    """A thread that ages connections and lets their table grow."""
+    """A thread that does `work` again and again, from the first `start` to `stop`."""
 
-    def __init__(self, programs: Programs) -> None:
-        self._programs = programs
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -36,7 +35,6 @@ class Housekeeping:
     def _run(self) -> None:
         while not self._stopped.wait(_INTERVAL_S):
             try:
-                with self._programs.lock:
-                    Connections(self._programs).maintain()
+                self._work()
             except PodwireError as error:
-                log.error("housekeeping of the connection table: %s", error)
+                log.error("housekeeping of the eBPF maps: %s", error)

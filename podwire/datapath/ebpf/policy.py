@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from podwire.datapath import Requirement
 from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.growing import GrowingMap
-from podwire.datapath.ebpf.housekeeping import Housekeeping
 from podwire.datapath.ebpf.layout import (
     NUMBER,
     PREFIX_KEY,
@@ -52,24 +51,23 @@ class PolicyPart:
 
     def __init__(self, netns_fd: int | None = None, *, programs: Programs | None = None) -> None:
         self._programs = programs or Programs(netns_fd=netns_fd)
-        self._housekeeping = Housekeeping(self._programs)
+        self._shared = programs is not None
         self._table: PolicyTable | None = None
         self._refs: dict[PolicyRef, int] = {}
 
     def close(self) -> None:
-        """Let go of the programs; what is attached goes on."""
-        self._housekeeping.stop()
-        self._programs.close()
+        """Let go of programs of its own; what is attached goes on."""
+        if not self._shared:
+            self._programs.close()
 
     @property
     def connections(self) -> Connections:
         """The connection table, for ageing and display."""
-        return Connections(self._programs)
+        return self._programs.connections
 
     def start(self) -> None:
         """Load and attach. Raises Unsupported or KernelError."""
         self._programs.enable("policy")
-        self._housekeeping.start()
 
     def apply(self, table: PolicyTable) -> None:
         """Make the maps hold `table`."""
@@ -125,7 +123,6 @@ class PolicyPart:
 
     def cleanup(self) -> None:
         """Detach and remove everything of this node."""
-        self._housekeeping.stop()
         self._programs.cleanup()
         self._table = None
 

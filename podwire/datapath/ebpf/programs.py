@@ -14,7 +14,9 @@ import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.growing import GrowingMap
+from podwire.datapath.ebpf.housekeeping import Housekeeping
 from podwire.datapath.ebpf.layout import (
     BACKEND,
     CONNECTION,
@@ -104,6 +106,7 @@ class Programs:
         self._detect = DetectBy.NONE
         self.maps: dict[str, Map] = {}
         self.growing: dict[str, GrowingMap] = {}
+        self._housekeeping = Housekeeping(self._keep_house)
         self.lock = threading.RLock()
         """Held by whoever uses programs or maps while others may replace them."""
 
@@ -138,6 +141,7 @@ class Programs:
                 self._features.discard(feature)
                 raise
             self.sync_links()
+        self._housekeeping.start()
 
     def reload(self) -> None:
         """Load the programs anew and put each in the place of the one that runs."""
@@ -214,6 +218,7 @@ class Programs:
 
     def close(self) -> None:
         """Let go of descriptors; what is pinned goes on working."""
+        self._housekeeping.stop()
         with self.lock:
             for loaded in self._objects.values():
                 loaded.close()
@@ -228,6 +233,15 @@ class Programs:
         """Detach and forget everything of this node, whoever made it."""
         self.close()
         pins.remove(self.folder)
+
+    @property
+    def connections(self) -> Connections:
+        """The connection table."""
+        return Connections(self)
+
+    def _keep_house(self) -> None:
+        with self.lock:
+            self.connections.maintain()
 
     def _load(self) -> None:
         self._check_layout()

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from podwire.datapath import Requirement
 from podwire.datapath.ebpf import spelling
 from podwire.datapath.ebpf.connections import Connections
-from podwire.datapath.ebpf.housekeeping import Housekeeping
 from podwire.datapath.ebpf.layout import BACKEND, FRONTEND, MEMBER_KEY, NUMBER, mapped
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.settings import AddressCounts, write_settings
@@ -73,7 +72,7 @@ class ServicesPart:
         programs: Programs | None = None,
     ) -> None:
         self._programs = programs or Programs(netns_fd=netns_fd)
-        self._housekeeping = Housekeeping(self._programs)
+        self._shared = programs is not None
         self._table: ServiceTable | None = None
         self._leases: dict[ServicePortName, Lease] = {}
         self._next_service = 1
@@ -82,19 +81,18 @@ class ServicesPart:
         self._own: frozenset[Address] = frozenset()
 
     def close(self) -> None:
-        """Let go of the programs; what is attached goes on."""
-        self._housekeeping.stop()
-        self._programs.close()
+        """Let go of programs of its own; what is attached goes on."""
+        if not self._shared:
+            self._programs.close()
 
     @property
     def connections(self) -> Connections:
         """The connection table, for ageing and display."""
-        return Connections(self._programs)
+        return self._programs.connections
 
     def start(self) -> None:
         """Load and attach. Raises Unsupported or KernelError."""
         self._programs.enable("services")
-        self._housekeeping.start()
 
     def apply(self, table: ServiceTable) -> None:
         """Make the maps hold `table`."""
@@ -135,7 +133,6 @@ class ServicesPart:
 
     def cleanup(self) -> None:
         """Detach and remove everything of this node."""
-        self._housekeeping.stop()
         self._programs.cleanup()
         self._table = None
 
