@@ -11,7 +11,21 @@
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
-const volatile __u64 node_netns_cookie = 0; /* which sockets are the node's own; 0: none */
+const volatile __u64 node_netns_cookie = 0; /* which sockets are the node's own */
+
+/* Namespaces of this node's pods, by cookie. Sockets elsewhere, on a machine that holds several nodes
+ * of a lab, are none of ours. */
+struct pod_namespace {
+	struct address addresses[2]; /* the pod's, IPv4 and IPv6 */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, struct pod_namespace);
+} namespaces SEC(".maps");
 
 struct remote {
 	struct address address;
@@ -87,6 +101,7 @@ static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, con
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx);
 	bool node = cookie == node_netns_cookie;
+	struct pod_namespace *pod = node ? NULL : bpf_map_lookup_elem(&namespaces, &cookie);
 	struct address client = {};
 	struct flow flow = {};
 	struct choice choice = {};
@@ -97,6 +112,8 @@ static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, con
 	flow.destination = frontend->address;
 	flow.destination_port = frontend->port;
 	flow.protocol = ctx->protocol;
+	if (!node && !pod)
+		return VERDICT_NONE;
 	verdict = find_service(&flow, &found, &reason);
 	if (verdict != VERDICT_TRANSLATE || !found)
 		return verdict;
@@ -104,7 +121,11 @@ static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, con
 	client.halves[0] = cookie;
 	client.halves[1] = ~0ULL;
 	verdict = choose(&flow, found, node ? ORIGIN_NODE : ORIGIN_POD, &client, &choice);
-	if (verdict == VERDICT_TRANSLATE && choice.masquerade && !node)
+	if (verdict != VERDICT_TRANSLATE)
+		return verdict;
+	/* A pod that got itself must see the node as its client, and policies hold for it. */
+	if (pod && (choice.masquerade || same_address(&choice.backend.address, &pod->addresses[0]) ||
+		    same_address(&choice.backend.address, &pod->addresses[1])))
 		return VERDICT_NONE;
 	__builtin_memset(backend, 0, sizeof(*backend));
 	backend->address = choice.backend.address;

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.programs import OBJECTS, Programs, netns_cookie
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
 from podwire.kernel.bpf import features
-from podwire.net import Protocol
-from tests.kernel.ebpf_world import NODE, POD, REMOTE, World
+from podwire.net import Protocol, parse_address
+from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, REMOTE, World
 from tests.kernel.test_ebpf_services import KINDS, VIP, make_port, make_table
 
 pytestmark = [
@@ -36,6 +37,17 @@ def world():
         made.part = ServicesPart(programs=programs)
         closing.callback(made.part.cleanup)
         made.part.start()
+        pods = EbpfPods(programs)
+        pods.start()
+        pods.replace(
+            PodLink(
+                made.ifindex(f"pod{n}"),
+                *(bytes.fromhex(m[n].replace(":", "")) for m in (HOST_MAC, MAC)),
+                tuple(parse_address(text) for text in POD[n].values()),
+                netns_cookie(made.spaces[f"pod{n}"]),
+            )
+            for n in (1, 2)
+        )
         for family in (4, 6):
             for kind in KINDS.values():
                 for space, addresses in (("pod1", POD[1]), ("outside", REMOTE), ("node", NODE)):
@@ -171,3 +183,18 @@ def test_what_needs_masquerading_is_left_to_the_packet_path(world):
     (server, seen), wire = inside(world, "pod2", talk)
     assert (server, wire) == (POD[1][4], (NODE[4], 30080))
     assert seen != POD[2][4]
+
+
+def test_a_pod_that_gets_itself_sees_the_node_and_strangers_are_left_alone(world):
+    both = {"family": 4, "protocol": Protocol.TCP}
+    world.part.apply(make_table([make_port("web", 80, [POD[1][4]], **both)]))
+
+    def talk():
+        with opened(4, socket.SOCK_STREAM) as client:
+            client.connect((VIP[4], 80))
+            client.send(b"who")
+            seen = client.recv(100).decode().split()[1]
+            return seen, kernel_peer(client, socket.SOCK_STREAM)[0]
+
+    assert inside(world, "pod1", talk) == (NODE[4], VIP[4])
+    assert inside(world, "outside", talk)[1] == VIP[4]

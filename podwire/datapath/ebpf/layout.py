@@ -31,6 +31,7 @@ RULE_KEY = struct.Struct("=IIIBx2s")  # length, rule set, identity, protocol, po
 RULE = struct.Struct("=II")  # verdict, policy
 SUBJECT = struct.Struct("=II")  # ingress, egress rule set
 COLLECT = struct.Struct("=IIIIII")
+COOKIE = struct.Struct("=Q")
 NUMBER = struct.Struct("=I")
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from podwire.datapath import Requirement
 from podwire.datapath.ebpf.layout import (
+    COOKIE,
     ENDPOINT,
     INTERFACE,
     NUMBER,
@@ -22,12 +23,17 @@ from podwire.net import Address
 
 
 class PodLink(NamedTuple):
-    """A pod's veth: index and MAC of the host's end, MAC and addresses of the pod's."""
+    """A pod's veth: index and MAC of the host's end, MAC and addresses of the pod's.
+
+    `netns_cookie` is `programs.netns_cookie` of its namespace; 0: its sockets are left alone, and
+    Services are balanced packet by packet.
+    """
 
     ifindex: int
     host_mac: bytes
     mac: bytes
     addresses: tuple[Address, ...]
+    netns_cookie: int = 0
 
 
 class EbpfPods:
@@ -53,6 +59,10 @@ class EbpfPods:
             return
         write_interface(self._programs, pod.ifindex, pod.addresses, pod.mac)
         self._programs.add_pod(pod.ifindex)
+        if pod.netns_cookie:
+            self._programs.maps["namespaces"].update(
+                COOKIE.pack(pod.netns_cookie), b"".join(_both(pod.addresses))
+            )
         value = ENDPOINT.pack(pod.ifindex, pod.mac, pod.host_mac)
         self._programs.maps["endpoints"].update_batch(
             (mapped(address), value) for address in pod.addresses
@@ -66,6 +76,7 @@ class EbpfPods:
             endpoints = self._programs.maps["endpoints"]
             endpoints.delete_batch([mapped(address) for address in pod.addresses])
             self._programs.maps["interfaces"].delete(NUMBER.pack(ifindex))
+            self._programs.maps["namespaces"].delete(COOKIE.pack(pod.netns_cookie))
         self._programs.remove_pod(ifindex)
 
     def replace(self, pods: Iterable[PodLink]) -> None:
@@ -90,11 +101,15 @@ def write_interface(
     key = NUMBER.pack(ifindex)
     interfaces = programs.maps["interfaces"]
     *_, flags, known_mac = INTERFACE.unpack(interfaces.lookup(key) or bytes(INTERFACE.size))
-    by_size = {len(address): mapped(address) for address in addresses}
     value = INTERFACE.pack(
-        by_size.get(4, bytes(16)),
-        by_size.get(16, bytes(16)),
+        *_both(addresses),
         flags | InterfaceFlag.KNOWN,
         mac if any(mac) else known_mac,
     )
     interfaces.update(key, value)
+
+
+def _both(addresses: Iterable[Address]) -> tuple[bytes, bytes]:
+    """The IPv4 and the IPv6 address as the maps want them; zero where there is none."""
+    by_size = {len(address): mapped(address) for address in addresses}
+    return by_size.get(4, bytes(16)), by_size.get(16, bytes(16))

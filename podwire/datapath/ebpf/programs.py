@@ -20,6 +20,7 @@ from podwire.datapath.ebpf.housekeeping import Housekeeping
 from podwire.datapath.ebpf.layout import (
     BACKEND,
     CONNECTION,
+    COOKIE,
     FLOW,
     FRONTEND,
     FRONTEND_KEY,
@@ -207,14 +208,7 @@ class Programs:
 
     def outcomes(self) -> dict[str, int]:
         """Packets by what became of them, since the maps were made."""
-        counters = self.maps.get("counters")
-        if counters is None:
-            return {}
-        out: dict[str, int] = {}
-        for key, values in counters.items():
-            per_cpu = struct.iter_unpack("=Q", values)
-            out[Reason(NUMBER.unpack(key)[0]).name.lower()] = sum(n for (n,) in per_cpu)
-        return out
+        return outcomes(self.maps["counters"]) if "counters" in self.maps else {}
 
     def close(self) -> None:
         """Let go of descriptors; what is pinned goes on working."""
@@ -294,7 +288,7 @@ class Programs:
             "with_policy": flag("policy"),
             "with_pods": flag("pods"),
             "with_masquerade": flag("masquerade"),
-            "node_netns_cookie": _netns_cookie(self._netns_fd),
+            "node_netns_cookie": COOKIE.pack(netns_cookie(self._netns_fd)),
         }
 
     def _check_layout(self) -> None:
@@ -370,6 +364,15 @@ class Programs:
         return (name for name in self._links if name.split("-")[1] == str(ifindex))
 
 
+def outcomes(counters: Map) -> dict[str, int]:
+    """The counters by their names, over all CPUs."""
+    out: dict[str, int] = {}
+    for key, values in counters.items():
+        per_cpu = struct.iter_unpack("=Q", values)
+        out[Reason(NUMBER.unpack(key)[0]).name.lower()] = sum(n for (n,) in per_cpu)
+    return out
+
+
 def _namespace(netns_fd: int | None) -> int:
     """The number of the namespace, also the caller's own."""
     if netns_fd is not None:
@@ -381,10 +384,10 @@ def _namespace(netns_fd: int | None) -> int:
         os.close(own)
 
 
-def _netns_cookie(netns_fd: int | None) -> bytes:
-    """The cookie by which socket programs know this namespace's own sockets."""
+def netns_cookie(netns_fd: int | None) -> int:
+    """The number by which socket programs know a namespace; 0 where the kernel has none (5.14)."""
     with netns.socket(netns_fd, socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            return probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+            return COOKIE.unpack(probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0]
         except OSError:
-            return struct.pack("=Q", 0)
+            return 0
