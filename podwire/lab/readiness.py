@@ -49,7 +49,12 @@ class Readiness:
     def of(cls, lab: Lab) -> Readiness:
         """Ask the lab. Cheap questions first: pods are listed once the workloads say so."""
         nodes = lab.items("/api/v1/nodes")
-        missing = [f"node {n['metadata']['name']}: {_why(n)}" for n in nodes if not is_ready(n)]
+        missing = [
+            f"node {name}: {_why(node)}{_complaint(lab, name)}"
+            for node in nodes
+            for name in (node["metadata"]["name"],)
+            if not is_ready(node)
+        ]
         missing += [f"node {name}: not registered" for name in _unregistered(lab, nodes)]
         counts = (sum(map(is_ready, nodes)), len(lab.record.nodes))
         if missing:
@@ -68,6 +73,16 @@ class Readiness:
         if not missing:
             missing = _behind(lab)
         return cls(counts, (sum(map(is_ready, pods)), len(pods)), tuple(missing))
+
+
+def _complaint(lab: Lab, node: str) -> str:
+    """The last error in the log of a node's agent, if it has one."""
+    try:
+        lines = lab.dir.log(f"agent-{node}").read_text().splitlines()
+    except OSError:
+        return ""
+    errors = [line for line in lines if "level=error" in line]
+    return f" (its agent: {errors[-1].partition(' event=')[2]})" if errors else ""
 
 
 def _unregistered(lab: Lab, nodes: Iterable[Json]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,3 +56,11 @@ def left_of(name: str) -> list[str]:
     found = [str(path) for path in mounts.below(directory.path)]
     found += [str(path) for path in (directory.path, cgroup) if path is not None and path.exists()]
     return found
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
+    """Until it comes true; asserts that it does in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "did not come true"
+        time.sleep(0.05)

@@ -15,7 +15,7 @@ import pytest
 from podwire.errors import ConfigError
 from podwire.lab import manifests, teardown
 from podwire.lab.cluster import Lab
-from tests.lab.conftest import left_of
+from tests.lab.conftest import left_of, wait_for
 
 PODS = """
 apiVersion: v1
@@ -96,13 +96,6 @@ def test_a_failing_probe_makes_a_pod_unready_until_it_recovers(
 def ready(pod: dict[str, object]) -> str:
     conditions = pod["status"]["conditions"]  # pyright: ignore
     return next(c["status"] for c in conditions if c["type"] == "Ready")  # pyright: ignore
-
-
-def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "did not come true"
-        time.sleep(0.05)
 
 
 def test_a_deleted_pod_leaves_nothing(make_lab: Callable[..., Lab]) -> None:
