@@ -39,7 +39,8 @@ _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETGEN = 12, 13, 14, 16
 _GETOBJ, _OBJECT_COUNTER = 19, 1
 
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS, _LIST_ELEM = 1, 2, 3, 1
-_ELEM_KEY, _ELEM_DATA, _ELEM_FLAGS, _ELEM_TIMEOUT, _ELEM_KEY_END = 1, 2, 3, 4, 10
+_ELEM_KEY, _ELEM_DATA, _ELEM_FLAGS, _ELEM_TIMEOUT = 1, 2, 3, 4
+_ELEM_EXPR, _ELEM_KEY_END = 7, 10
 _DATA_VALUE, _DATA_VERDICT, _VERDICT_CODE, _VERDICT_CHAIN = 1, 2, 1, 2
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
@@ -238,6 +239,33 @@ class NfTables:
             self._socket.send(b"".join(out))
             self._await_acknowledgement(messages, first)
 
+    def send(self, family: int, messages: Sequence[tuple[int, int, bytes]], what: str) -> None:
+        """One batch of other messages: kind, flags and attributes of each (`kernel.nftrules`).
+
+        Raises KernelError ("cannot `what`"); nothing has changed then.
+        """
+        with self._lock:
+            first = self._sequence + 1
+            self._sequence += len(messages) + 2
+            out = [_batch_edge(_BATCH_BEGIN, first)]
+            for sequence, (kind, flags, attributes) in enumerate(messages, first + 1):
+                flags |= 0x5 if sequence == first + len(messages) else 0x1
+                body = _nfgenmsg(family) + attributes
+                out.append(_HEADER.pack(16 + len(body), _SUBSYSTEM | kind, flags, sequence, 0))
+                out.append(body)
+            out.append(_batch_edge(_BATCH_END, self._sequence))
+            self._socket.send(b"".join(out))
+            while True:
+                for kind, _, sequence, body in self._receive():
+                    if kind != _NLMSG_ERROR or not first <= sequence <= self._sequence:
+                        continue
+                    code = -int.from_bytes(body[:4], _ORDER, signed=True)
+                    if code:
+                        self._drain()
+                        raise KernelError(f"cannot {what}: {os.strerror(code)}", errno=code)
+                    if sequence == first + len(messages):
+                        return
+
     def generation(self) -> int:
         """The rule set's generation: any commit in the namespace, by anyone, increases it."""
         (body,) = self._ask(_GETGEN, 0, b"", dump=False)
@@ -251,6 +279,19 @@ class NfTables:
             for body in self._ask(_GETSETELEM, target.family, request)
             for payload in _listed(body)
         ]
+
+    def element_counters(self, target: Set) -> dict[bytes, tuple[int, int]]:
+        """Packets and bytes by key, of a set or map whose elements count."""
+        request = netlink.text(_LIST_TABLE, target.table) + netlink.text(_LIST_SET, target.name)
+        found: dict[bytes, tuple[int, int]] = {}
+        for body in self._ask(_GETSETELEM, target.family, request):
+            for payload in _listed(body):
+                element = netlink.attributes(payload)
+                if _ELEM_EXPR in element:
+                    counter = netlink.attributes(netlink.attributes(element[_ELEM_EXPR])[2])
+                    octets, packets = (int.from_bytes(counter[kind], "big") for kind in (1, 2))
+                    found[element[_ELEM_KEY][4:]] = (packets, octets)
+        return found
 
     def tables(self, family: int) -> list[str]:
         """Names of the tables of a family."""

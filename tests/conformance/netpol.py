@@ -6,16 +6,19 @@ The data paths are asked with packets between namespaces, see `netpol_packets`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import yaml
 
+from podwire.lab.api.server import ApiServer
+from podwire.lab.api.status import StatusError
 from podwire.policy import Packet, PolicyTable
 from tests.conformance import CaseResult
 from tests.conformance.netpol_world import Compilers, Probe, World
 
+Cell: TypeAlias = tuple[str, str]
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -26,8 +29,8 @@ class Backend(Protocol):
         """Take over the world as it is now."""
         ...
 
-    def connects(self, probe: Probe) -> dict[tuple[str, str], bool]:
-        """For each cell, by source and destination."""
+    def connects(self, probes: Sequence[Probe]) -> list[dict[Cell, bool]]:
+        """For each matrix and cell (source, destination), whether it connects."""
         ...
 
     def close(self) -> None: ...
@@ -35,13 +38,28 @@ class Backend(Protocol):
 
 def run(cases: Path, datapath: str) -> Iterable[CaseResult]:
     """One result per case file under `cases`."""
+    if datapath == "evaluator":
+        yield from _run(cases, Evaluator)
+        return
+    from tests.conformance.netpol_packets import DATAPATHS, Lab, PacketBackend
+
+    if datapath not in DATAPATHS:
+        raise SystemExit(f"no data path {datapath!r}: evaluator, {', '.join(DATAPATHS)}")
+    lab = Lab(datapath)
+    try:
+        yield from _run(cases, lambda world: PacketBackend(world, lab))
+    finally:
+        lab.close()
+
+
+def _run(cases: Path, backend: Callable[[World], Backend]) -> Iterator[CaseResult]:
     for path in sorted(cases.rglob("*.yaml")):
         case: dict[str, Any] = yaml.load(path.read_text(), Loader=_LOADER)
         name = str(case.get("id", path.stem))
         try:
             match case.get("kind"):
                 case "reachability":
-                    yield _reachability(name, case, datapath)
+                    yield _reachability(name, case, backend)
                 case "validation":
                     yield _validation(name, case)
                 case "flow":
@@ -54,22 +72,18 @@ def run(cases: Path, datapath: str) -> Iterable[CaseResult]:
             yield CaseResult(name, "failed", f"{type(error).__name__}: {error}")
 
 
-def _reachability(name: str, case: dict[str, Any], datapath: str) -> CaseResult:
+def _reachability(name: str, case: dict[str, Any], make: Callable[[World], Backend]) -> CaseResult:
     world = World.of(case["topology"])
-    if datapath == "evaluator":
-        backend: Backend = Evaluator(world)
-    else:
-        from tests.conformance.netpol_packets import PacketBackend
-
-        backend = PacketBackend(world, datapath)
+    backend = make(world)
     wrong: list[str] = []
     try:
         for number, step in enumerate(case["steps"]):
             for action in step.get("actions") or ():
                 world.apply(action)
             backend.update()
-            for probe in world.probes(step, all_families=not _is_about_addresses(case)):
-                wrong += _wrong(number, probe, backend.connects(probe))
+            probes = world.probes(step, all_families=not _is_about_addresses(case))
+            for probe, connected in zip(probes, backend.connects(probes), strict=True):
+                wrong += _wrong(number, probe, connected)
     finally:
         backend.close()
     if wrong:
@@ -84,7 +98,7 @@ def _is_about_addresses(case: dict[str, Any]) -> bool:
     return "ipBlock" in text or "networks" in text
 
 
-def _wrong(step: int, probe: Probe, connected: dict[tuple[str, str], bool]) -> Iterator[str]:
+def _wrong(step: int, probe: Probe, connected: dict[Cell, bool]) -> Iterator[str]:
     for source, destination, expected in probe.cells():
         got = connected.get((source, destination))
         if got is not None and got is not expected:
@@ -106,8 +120,11 @@ class Evaluator:
     def update(self) -> None:
         self._tables = self._compilers.update()
 
-    def connects(self, probe: Probe) -> dict[tuple[str, str], bool]:
-        out: dict[tuple[str, str], bool] = {}
+    def connects(self, probes: Sequence[Probe]) -> list[dict[Cell, bool]]:
+        return [self._matrix(probe) for probe in probes]
+
+    def _matrix(self, probe: Probe) -> dict[Cell, bool]:
+        out: dict[Cell, bool] = {}
         for source, destination, expected in probe.cells():
             targets = [(destination, probe.port)]
             if probe.via_service:
@@ -174,9 +191,25 @@ def map_addresses(world: World, node: str) -> list[bytes | None]:
 
 
 def _validation(name: str, case: dict[str, Any]) -> CaseResult:
+    """The object as it is written to the lab's API server, and the field that it names."""
+    policy = case["policy"]
+    registry = ApiServer().registry
+    resource = registry.resource("Namespace", "v1")
+    namespace = policy["metadata"].setdefault("namespace", "default")
+    if namespace != "default":
+        registry.create(resource, "", {"metadata": {"name": namespace}})
+    resource = registry.resource(policy["kind"], policy["apiVersion"])
+    expected = case["expect"]
     try:
-        from podwire.lab.api import validation
-    except ImportError:
-        return CaseResult(name, "skipped", "the lab's API validation is not there yet")
-    del validation
-    return CaseResult(name, "skipped", "the lab's API validation is not there yet")
+        registry.create(resource, namespace, policy)
+    except StatusError as error:
+        details = error.details or {}
+        fields = [str(cause.get("field")) for cause in details.get("causes", ())]
+        if expected == "accept":
+            return CaseResult(name, "failed", f"rejected: {error}")
+        if case.get("field") not in (None, *fields):
+            return CaseResult(name, "failed", f"names {fields}, not {case['field']}")
+        return CaseResult(name, "passed")
+    if expected == "accept":
+        return CaseResult(name, "passed")
+    return CaseResult(name, "failed", "accepted")

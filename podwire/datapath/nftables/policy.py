@@ -1,0 +1,423 @@
+"""A PolicyTable in nftables: elements of maps, one transaction per table, nothing listed.
+
+The rules are in `policy_rules`. Every change of a table, additions and deletions, is one
+transaction: a packet meets the old policies or the new ones. Established connections are kept.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import NamedTuple, TypeAlias
+
+from podwire.datapath import Requirement
+from podwire.datapath.nftables import policy_rules as rules
+from podwire.datapath.nftables.fixed import FixedTable
+from podwire.errors import KernelError
+from podwire.kernel import nftrules
+from podwire.kernel.nftables import (
+    BRIDGE,
+    INET,
+    RETURN,
+    Data,
+    Element,
+    NfTables,
+    Set,
+    Transaction,
+    concat,
+    goto,
+)
+from podwire.policy import Direction, PolicyRef, PolicyTable, Verdict
+from podwire.policy.rulesets import RuleSet
+from podwire.policy.verdicts import Outcome, Verdicts
+
+BRIDGE_REQUIREMENTS = tuple(
+    Requirement(
+        f"net.bridge.bridge-nf-call-{family}tables",
+        "1",
+        "without it policies between pods of one node are bypassed in silence",
+    )
+    for family in ("ip", "ip6")
+)
+
+ElementKey: TypeAlias = tuple[bytes, bytes | None, int]
+"""Key, last key of a concatenated range, flags: what tells elements of a set apart."""
+
+Wanted: TypeAlias = dict[Set, dict[ElementKey, Data]]
+Elements: TypeAlias = dict[tuple[Set, ElementKey], bytes]
+
+
+class Gone(Enum):
+    """In changes: the element is to go."""
+
+    GONE = 0
+
+
+GONE = Gone.GONE
+Changes: TypeAlias = dict[Set, dict[ElementKey, Data | Gone]]
+
+
+class Reason(NamedTuple):
+    """What a code in the kernel stands for: the policy that decides, or a rule set's default."""
+
+    verdict: Verdict
+    direction: Direction
+    policy: PolicyRef | None
+    rule_set: int | None
+
+
+class Count(NamedTuple):
+    """First packets of connections judged for one reason; `policies`: whose doing it is."""
+
+    verdict: Verdict
+    direction: Direction
+    policies: tuple[PolicyRef, ...]
+    packets: int
+    octets: int
+
+
+class PolicyPart:
+    """Policies of one network namespace. `bridge`: the pods' bridge, if they are on one."""
+
+    def __init__(self, netns_fd: int | None = None, bridge: str | None = None) -> None:
+        self.requirements: Sequence[Requirement] = BRIDGE_REQUIREMENTS if bridge else ()
+        self._bridge = bridge
+        self._nft = NfTables(netns_fd)
+        self._guard = FixedTable(self._nft, BRIDGE, rules.TABLE, rules.BRIDGE_SCRIPT)
+        self._made: list[tuple[str, bytes]] = []
+        self._held: Wanted = {}
+        self._table: PolicyTable | None = None
+        self._codes: dict[Reason, int] = {}
+        self._reasons: dict[int, Reason] = {}
+        self._next_code = 1
+
+    def close(self) -> None:
+        self._nft.close()
+
+    # --- Part ---
+
+    def start(self) -> None:
+        """Make the rules, or adopt an earlier process's: its elements hold until `apply`."""
+        self._make()
+        self._held = self._read()
+
+    def apply(self, table: PolicyTable) -> None:
+        """Make the kernel hold `table`, in one transaction."""
+        if table is self._table:
+            return
+        old = self._table
+        try:
+            if old is None:
+                self._replace(self._everything(table))
+            else:
+                self._change(self._difference(old, table))
+        except KernelError:
+            self._table = None  # what is held is not known any more: the next try starts afresh
+            self._held = self._read()
+            raise
+        self._table = table
+        self._forget_codes(table)
+
+    def flush(self) -> None:
+        """Nothing waits: a policy that waits is a hole."""
+
+    def verify(self) -> list[str]:
+        """Repair what somebody changed in our tables, and say so."""
+        repairs: list[str] = []
+        if self._table is None:
+            return repairs
+        if not self._intact():
+            self._make()
+            repairs.append(f"made the rules of table {rules.TABLE} again")
+        held, expected = self._read(), self._everything(self._table)
+        for target in self._sets:
+            if held[target] != expected.get(target, {}):
+                repairs.append(f"restored the set {rules.TABLE} {target.name}")
+        self._held = held
+        self._replace(expected)
+        return repairs
+
+    def cleanup(self) -> None:
+        """Remove our tables."""
+        table = f"table inet {rules.TABLE}"
+        self._nft.run(f"add {table}\ndelete {table}\n")
+        self._guard.remove()
+        self._table, self._held = None, {}
+
+    def status(self) -> dict[str, object]:
+        return {
+            "revision": self._table.revision if self._table else 0,
+            **{target.name: len(self._held.get(target, ())) for target in rules.INET_SETS},
+        }
+
+    def counts(self) -> list[Count]:
+        """How often each reason decided since its rule set came, most packets first."""
+        counters = self._nft.element_counters(rules.VERDICTS)
+        out: list[Count] = []
+        for reason, code in self._codes.items():
+            packets, octets = counters.get(_number(code), (0, 0))
+            out.append(Count(*reason[:2], self._policies(reason), packets, octets))
+        return sorted(out, key=lambda count: -count.packets)
+
+    def _policies(self, reason: Reason) -> tuple[PolicyRef, ...]:
+        if reason.policy is not None:
+            return (reason.policy,)
+        rule_set = self._table.rule_sets.get(reason.rule_set or 0) if self._table else None
+        return rule_set.isolating if rule_set else ()
+
+    # --- structure ---
+
+    @property
+    def _sets(self) -> tuple[Set, ...]:
+        return (*rules.INET_SETS, *(rules.BRIDGE_SETS if self._bridge else ()))
+
+    def _make(self) -> None:
+        """The judging chains are made before what leads to them: closed stays closed."""
+        try:
+            self._nft.run(rules.STRUCTURE)
+        except KernelError:  # another version's sets: nothing of them can be kept
+            self._nft.run(f"delete table inet {rules.TABLE}\n{rules.STRUCTURE}")
+        if not self._intact():
+            nftrules.replace_rules(self._nft, INET, rules.TABLE, rules.judging_chains())
+            self._nft.run(rules.BASE)
+            self._made = self._nft.rules(INET, rules.TABLE)
+        if self._bridge:
+            self._guard.make()
+
+    def _intact(self) -> bool:
+        if not self._made or self._nft.rules(INET, rules.TABLE) != self._made:
+            return False
+        return self._bridge is None or self._guard.intact()
+
+    def _read(self) -> Wanted:
+        return {
+            target: {
+                (element.key, element.end, element.flags): element.data
+                for element in self._nft.elements(target)
+            }
+            for target in self._sets
+        }
+
+    # --- tables → elements ---
+
+    def _everything(self, table: PolicyTable) -> Wanted:
+        wanted: Wanted = {target: {} for target in self._sets}
+        for pod in table.endpoints:
+            _merge(wanted, self._endpoint(table, pod))
+        for address, identity in table.addresses.items():
+            wanted[rules.PEERS[len(address)]][address, None, 0] = _number(identity)
+        _merge(wanted, _intervals(table))
+        used: Elements = {}
+        for rule_set in table.rule_sets.values():
+            for identity, verdicts in ((0, rule_set.default), *rule_set.entries.items()):
+                used.update(self._entry(rule_set, identity, verdicts))
+        for (target, key), data in used.items():
+            wanted[target][key] = data
+        for data in set(used.values()):
+            verdict = self._reasons[_value(data)].verdict
+            wanted[rules.VERDICTS][data, None, 0] = _VERDICTS[verdict]
+        if self._bridge:
+            wanted[rules.LINKS][_ifname(self._bridge), None, 0] = None
+        return wanted
+
+    def _difference(self, old: PolicyTable, new: PolicyTable) -> Changes:
+        """Elements to have (data, or None in sets) and not to have (GONE)."""
+        delta = new.delta(old)
+        changes: Changes = {}
+
+        def drop(target: Set, key: ElementKey) -> None:
+            changes.setdefault(target, {})[key] = GONE
+
+        def have(target: Set, key: ElementKey, data: Data) -> None:
+            changes.setdefault(target, {})[key] = data
+
+        for address in delta.addresses:
+            identity = new.addresses.get(address)
+            target, key = rules.PEERS[len(address)], (address, None, 0)
+            if identity is None:
+                drop(target, key)
+            else:
+                have(target, key, _number(identity))
+        pairs = [(self._endpoint(old, pod), self._endpoint(new, pod)) for pod in delta.endpoints]
+        if delta.intervals:
+            pairs.append((_intervals(old), _intervals(new)))
+        for before, _ in pairs:
+            for target, elements in before.items():
+                for key in elements:
+                    drop(target, key)
+        for _, after in pairs:
+            for target, elements in after.items():
+                for key, data in elements.items():
+                    have(target, key, data)
+        for number in delta.rule_sets:
+            before, after = self._entries(old, new, number)
+            for target, key in before:
+                drop(target, key)
+            for (target, key), data in after.items():
+                have(target, key, data)
+                code = (data, None, 0)
+                if code not in self._held[rules.VERDICTS]:
+                    have(rules.VERDICTS, code, _VERDICTS[self._reasons[_value(data)].verdict])
+        return changes
+
+    def _entries(
+        self, old: PolicyTable, new: PolicyTable, number: int
+    ) -> tuple[Elements, Elements]:
+        """Elements of a rule set's entries that changed, before and after."""
+        before: Elements = {}
+        after: Elements = {}
+        left, right = old.rule_sets.get(number), new.rule_sets.get(number)
+        were = {0: left.default, **left.entries} if left else {}
+        are = {0: right.default, **right.entries} if right else {}
+        for identity, verdicts in were.items():
+            if left and are.get(identity) is not verdicts:
+                before.update(self._entry(left, identity, verdicts))
+        for identity, verdicts in are.items():
+            if right and were.get(identity) is not verdicts:
+                after.update(self._entry(right, identity, verdicts))
+        return before, after
+
+    def _entry(self, rule_set: RuleSet, identity: int, verdicts: Verdicts) -> Elements:
+        """One identity's boxes as elements of the four maps."""
+        out: Elements = {}
+        head = _number(rule_set.number) + _number(identity)
+        out[rules.ANY, (head, None, 0)] = self._code(rule_set, verdicts.other)
+        for protocol, spans in verdicts.protocols:
+            key = head + concat(bytes([protocol]))
+            extent: dict[Outcome, int] = {}
+            for first, last, outcome in spans:
+                extent[outcome] = extent.get(outcome, 0) + last - first
+            base = max(extent, key=lambda outcome: extent[outcome])
+            if base != verdicts.other:
+                out[rules.PROTOCOLS, (key, None, 0)] = self._code(rule_set, base)
+            for first, last, outcome in spans:
+                if outcome == base:
+                    continue
+                low, high = (key + concat(struct.pack(">H", port)) for port in (first, last))
+                place = (rules.EXACT, (low, None, 0))
+                if first != last:
+                    place = (rules.RANGES, (low, high, 0))
+                out[place] = self._code(rule_set, outcome)
+        return out
+
+    def _code(self, rule_set: RuleSet, outcome: Outcome) -> bytes:
+        verdict, policy = outcome
+        default = None if policy is not None else rule_set.number
+        reason = Reason(verdict, rule_set.direction, policy, default)
+        code = self._codes.get(reason)
+        if code is None:
+            code = self._codes[reason] = self._next_code
+            self._reasons[code] = reason
+            self._next_code += 1
+        return _number(code)
+
+    def _forget_codes(self, table: PolicyTable) -> None:
+        """Codes of policies and rule sets that are gone; nothing in the kernel uses them."""
+        gone = [
+            reason
+            for reason in self._codes
+            if (reason.policy is not None and reason.policy not in table.policies)
+            or (reason.rule_set is not None and reason.rule_set not in table.rule_sets)
+        ]
+        changes: dict[ElementKey, Data | Gone] = {}
+        for reason in gone:
+            code = self._codes.pop(reason)
+            del self._reasons[code]
+            changes[_number(code), None, 0] = GONE
+        self._change({rules.VERDICTS: changes})
+
+    def _endpoint(self, table: PolicyTable, pod: tuple[str, str]) -> Wanted:
+        """A pod's rule sets by address, and its place on the bridge."""
+        out: Wanted = {}
+        endpoint = table.endpoints.get(pod)
+        if endpoint is None:
+            return out
+        for address in endpoint.addresses:
+            for sets, number in (
+                (rules.EGRESS, endpoint.egress),
+                (rules.INGRESS, endpoint.ingress),
+            ):
+                if number is not None:
+                    out.setdefault(sets[len(address)], {})[address, None, 0] = _number(number)
+        link = _ifname(endpoint.link)
+        if not self._bridge:
+            out[rules.LINKS] = {(link, None, 0): None}
+            return out
+        out[rules.PORTS] = {(link, None, 0): None}
+        if endpoint.ingress is not None:
+            out[rules.CLOSED_PORTS] = {(link, None, 0): None}
+        for address in endpoint.addresses:
+            members = out.setdefault(rules.MEMBERS[len(address)], {})
+            members[concat(link, address), None, 0] = None
+        return out
+
+    # --- elements → kernel ---
+
+    def _replace(self, wanted: Wanted) -> None:
+        """Make the sets hold exactly this."""
+        changes: Changes = {}
+        for target in self._sets:
+            held = self._held.get(target, {})
+            some: dict[ElementKey, Data | Gone] = dict.fromkeys(held, GONE)
+            some.update(wanted.get(target, {}))
+            changes[target] = some
+        self._change(changes)
+
+    def _change(self, changes: Mapping[Set, Mapping[ElementKey, Data | Gone]]) -> None:
+        """One transaction: all that goes first, so that ranges may give way to others."""
+        transaction = Transaction()
+        added: dict[Set, list[Element]] = {}
+        for target, some in changes.items():
+            held = self._held[target]
+            gone: list[Element] = []
+            for (key, end, flags), data in some.items():
+                place = (key, end, flags)
+                if place in held and (data is GONE or held[place] != data):
+                    gone.append(Element(key, None, end, 0, flags))
+                if data is not GONE and (place not in held or held[place] != data):
+                    added.setdefault(target, []).append(Element(key, data, end, 0, flags))
+            transaction.delete(target, gone)
+        for target, elements in added.items():
+            transaction.add(target, elements)
+        self._nft.commit(transaction)
+        for change in transaction.changes:
+            held = self._held[change.set]
+            for element in change.elements:
+                place = (element.key, element.end, element.flags)
+                if change.verb == "delete":
+                    del held[place]
+                else:
+                    held[place] = element.data
+
+
+_VERDICTS = {Verdict.ALLOW: RETURN, Verdict.DENY: goto("denied"), Verdict.AUDIT: goto("audited")}
+
+
+def _number(value: int) -> bytes:
+    """As a mark in the kernel's registers: host order."""
+    return struct.pack("=I", value)
+
+
+def _value(data: bytes) -> int:
+    return struct.unpack("=I", data)[0]
+
+
+def _ifname(name: str) -> bytes:
+    return name.encode().ljust(16, b"\0")
+
+
+def _intervals(table: PolicyTable) -> Wanted:
+    out: Wanted = {}
+    for first, last, identity in table.intervals:
+        elements = out.setdefault(rules.BLOCKS[len(first)], {})
+        elements[bytes(4) + first, bytes(4) + last, 0] = _number(identity)
+    return out
+
+
+def _merge(into: Wanted, some: Mapping[Set, Mapping[ElementKey, Data]]) -> None:
+    for target, elements in some.items():
+        into[target].update(elements)
+
+
+__all__: Iterable[str] = ("Count", "PolicyPart")

@@ -1,0 +1,209 @@
+"""The rules of table `podwire-policy`: constant, whatever the policies are.
+
+In forward, input and bridged traffic, at priority -1: after destination NAT, before source NAT.
+Replies and related ICMP errors pass by connection tracking, neighbour discovery always. What is
+left is the first packet of a connection: if its source is a pod of this node with an egress rule
+set, chain `egress4` judges it, if its destination is one with an ingress rule set, `ingress4`. What
+the node itself sends (hook output) is not judged: a pod's own node always reaches it.
+
+A judging chain finds two numbers by address, the pod's rule set and the peer's identity, and looks
+(rule set, identity, protocol, port) up, most exact map first:
+
+    exact       one port            ranges      some ports
+    protocols   any port            any         any protocol: the end of every rule set entry
+
+first with the peer's own identity, then, if the peer is no host of the cluster, with that of the
+address block around it, and last with identity 0, the rule set's default, which always decides. The
+maps' data is a code, and `verdicts` says what the code means and counts it.
+
+Pods are told apart by source address, so that a bridge needs no other rules than a routed pod. That
+is the same as by link as long as no link can send with another's address: the spoof guards see to
+it (`spoof`, `spoof_routed`). The bridge table here is their counterpart for delivery: see
+`BRIDGE_SCRIPT`.
+
+The keys of address blocks begin with a field that is always 0: nftables keeps ranges of several
+fields one by one, but sews those of one field together, so that none could change alone.
+"""
+
+from __future__ import annotations
+
+from podwire.kernel import nftrules
+from podwire.kernel.nftables import BRIDGE, INET, Set, goto, jump
+
+TABLE = "podwire-policy"
+LOG_GROUP = 4647
+DENIED_PREFIX = "podwire denied"
+AUDITED_PREFIX = "podwire audited"
+SNAPLEN = 128
+_LIMIT = "limit rate 100/second burst 200 packets"
+
+EXACT, RANGES = Set(INET, TABLE, "exact"), Set(INET, TABLE, "ranges")
+PROTOCOLS, ANY = Set(INET, TABLE, "protocols"), Set(INET, TABLE, "any")
+VERDICTS, LINKS = Set(INET, TABLE, "verdicts"), Set(INET, TABLE, "links")
+EGRESS = {4: Set(INET, TABLE, "egress4"), 16: Set(INET, TABLE, "egress6")}
+INGRESS = {4: Set(INET, TABLE, "ingress4"), 16: Set(INET, TABLE, "ingress6")}
+PEERS = {4: Set(INET, TABLE, "peers4"), 16: Set(INET, TABLE, "peers6")}
+BLOCKS = {4: Set(INET, TABLE, "blocks4"), 16: Set(INET, TABLE, "blocks6")}
+INET_SETS = (
+    VERDICTS, LINKS, EXACT, RANGES, PROTOCOLS, ANY,
+    *EGRESS.values(), *INGRESS.values(), *PEERS.values(), *BLOCKS.values(),
+)  # fmt: skip
+
+PORTS, CLOSED_PORTS = Set(BRIDGE, TABLE, "ports"), Set(BRIDGE, TABLE, "closed-ports")
+MEMBERS = {4: Set(BRIDGE, TABLE, "members4"), 16: Set(BRIDGE, TABLE, "members6")}
+BRIDGE_SETS = (PORTS, CLOSED_PORTS, *MEMBERS.values())
+
+# 130-132, 143: multicast listeners; 133-137: neighbour discovery. nft has no name for all of them.
+_ALWAYS = "icmpv6 type { 130, 131, 132, 133, 134, 135, 136, 137, 143 }"
+
+STRUCTURE = f"""
+table inet {TABLE} {{
+  map egress4 {{ type ipv4_addr : mark; }}
+  map egress6 {{ type ipv6_addr : mark; }}
+  map ingress4 {{ type ipv4_addr : mark; }}
+  map ingress6 {{ type ipv6_addr : mark; }}
+  map peers4 {{ type ipv4_addr : mark; }}
+  map peers6 {{ type ipv6_addr : mark; }}
+  map blocks4 {{ type mark . ipv4_addr : mark; flags interval; }}
+  map blocks6 {{ type mark . ipv6_addr : mark; flags interval; }}
+  map exact {{ type mark . mark . inet_proto . inet_service : mark; }}
+  map ranges {{ type mark . mark . inet_proto . inet_service : mark; flags interval; }}
+  map protocols {{ type mark . mark . inet_proto : mark; }}
+  map any {{ type mark . mark : mark; }}
+  map verdicts {{ type mark : verdict; counter; }}
+  set links {{ type ifname; }}
+  chain denied {{ }}
+  chain audited {{ }}
+  chain egress4 {{ }}
+  chain egress6 {{ }}
+  chain ingress4 {{ }}
+  chain ingress6 {{ }}
+  chain egress4-default {{ }}
+  chain egress6-default {{ }}
+  chain ingress4-default {{ }}
+  chain ingress6-default {{ }}
+  chain from-pod {{ }}
+  chain to-pod {{ }}
+  chain forward {{ type filter hook forward priority -1; policy accept; }}
+  chain input {{ type filter hook input priority -1; policy accept; }}
+}}
+"""
+
+# A link-local source names no pod, and pods have no use for one but neighbour discovery.
+BASE = f"""
+flush chain inet {TABLE} denied
+flush chain inet {TABLE} audited
+flush chain inet {TABLE} forward
+flush chain inet {TABLE} input
+table inet {TABLE} {{
+  chain denied {{
+    {_LIMIT} log prefix "{DENIED_PREFIX}" group {LOG_GROUP} snaplen {SNAPLEN}
+    drop
+  }}
+  chain audited {{
+    {_LIMIT} log prefix "{AUDITED_PREFIX}" group {LOG_GROUP} snaplen {SNAPLEN}
+  }}
+  chain forward {{
+    ct state established,related accept
+    {_ALWAYS} accept
+    jump from-pod
+    jump to-pod
+  }}
+  chain input {{
+    iifname lo accept
+    ct state established,related accept
+    {_ALWAYS} accept
+    iifname @links ip6 saddr fe80::/10 drop
+    jump from-pod
+  }}
+}}
+"""
+
+# A pod's port takes what is addressed to the pod. Otherwise a pod could send to one address what
+# its egress policy allows to another, with the help of a second pod that listens to the frames of
+# its port; and multicast, which is addressed to nobody's rule set, would reach isolated pods.
+BRIDGE_SCRIPT = f"""
+table bridge {TABLE} {{
+  set ports {{ type ifname; }}
+  set closed-ports {{ type ifname; }}
+  set members4 {{ type ifname . ipv4_addr; }}
+  set members6 {{ type ifname . ipv6_addr; }}
+  chain forward {{ type filter hook forward priority -1; policy accept; }}
+}}
+flush chain bridge {TABLE} forward
+table bridge {TABLE} {{
+  chain forward {{
+    oifname != @ports accept
+    ether type arp accept
+    oifname . ip daddr @members4 accept
+    oifname . ip6 daddr @members6 accept
+    {_ALWAYS} accept
+    oifname != @closed-ports ether daddr & 01:00:00:00:00:00 != 00:00:00:00:00:00 accept
+    drop
+  }}
+}}
+"""
+
+
+def judging_chains() -> dict[str, list[list[bytes]]]:
+    """The chains that nft's grammar cannot say."""
+    chains: dict[str, list[list[bytes]]] = {"from-pod": [], "to-pod": []}
+    for bits, digit in ((32, "4"), (128, "6")):
+        source, destination = nftrules.source_address, nftrules.destination_address
+        for direction, own, other in (
+            ("egress", source, destination),
+            ("ingress", destination, source),
+        ):
+            name = f"{direction}{digit}"
+            entry = "from-pod" if direction == "egress" else "to-pod"
+            subject = own(bits, _ADDRESS) + nftrules.lookup(name, _ADDRESS, _FOUND_RULES)
+            chains[entry].append(
+                [
+                    nftrules.only_family(bits),
+                    subject,
+                    nftrules.through_mark((_FOUND_RULES, _RULES), spare=_SPARE),
+                    nftrules.verdict(jump(name)),
+                ]
+            )
+            judged: list[list[bytes]] = []
+            peer = other(bits, _ADDRESS)
+            block = nftrules.constant(bytes(4), _ADDRESS - 1)
+            for identities in (
+                nftrules.lookup(f"peers{digit}", _ADDRESS, _FOUND_IDENTITY),
+                block + nftrules.lookup(f"blocks{digit}", _ADDRESS - 1, _FOUND_IDENTITY),
+            ):
+                head = nftrules.only_family(bits) + subject + peer + identities
+                both = ((_FOUND_RULES, _RULES), (_FOUND_IDENTITY, _IDENTITY))
+                head += nftrules.through_mark(*both, spare=_SPARE)
+                judged += [[head, *steps] for steps in _LOOKUPS]
+                judged.append([head, nftrules.verdict(goto(f"{name}-default"))])
+            judged.append([nftrules.verdict(goto(f"{name}-default"))])
+            chains[name] = judged
+            head = nftrules.only_family(bits) + subject
+            head += nftrules.through_mark((_FOUND_RULES, _RULES), spare=_SPARE)
+            head += nftrules.constant(bytes(4), _IDENTITY)
+            chains[f"{name}-default"] = [[head, *steps] for steps in _LOOKUPS]
+    return chains
+
+
+# Registers: the key (rule set, identity, protocol, port) must be in a row.
+_RULES, _IDENTITY, _PROTOCOL, _PORT, _CODE, _FOUND_CODE = 0, 1, 2, 3, 4, 5
+_FOUND_RULES, _FOUND_IDENTITY, _SPARE, _ADDRESS = 6, 7, 8, 11
+
+
+def _decide(name: str) -> bytes:
+    return (
+        nftrules.lookup(name, _RULES, _FOUND_CODE)
+        + nftrules.through_mark((_FOUND_CODE, _CODE), spare=_SPARE)
+        + nftrules.lookup("verdicts", _CODE)
+    )
+
+
+_WITH_PROTOCOL = nftrules.transport_protocol(_PROTOCOL)
+_WITH_PORT = _WITH_PROTOCOL + nftrules.destination_port(_PORT)
+_LOOKUPS = (
+    [_WITH_PORT, _decide("exact")],
+    [_WITH_PORT, _decide("ranges")],
+    [_WITH_PROTOCOL, _decide("protocols")],
+    [_decide("any")],
+)

@@ -1,0 +1,116 @@
+"""Cases asked with packets: every node of the case has a data path of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from podwire.datapath import Part
+from podwire.policy import PolicyCompiler, PolicyTable
+from tests.conformance.netpol_fabric import BRIDGE, Fabric
+from tests.conformance.netpol_probes import Attempt, Prober
+from tests.conformance.netpol_world import Probe, World
+
+
+def _nftables(netns_fd: int, bridge: str | None) -> Part[PolicyTable]:
+    from podwire.datapath.nftables.policy import PolicyPart
+
+    return PolicyPart(netns_fd, bridge)
+
+
+DATAPATHS: dict[str, Callable[[int, str | None], Part[PolicyTable]]] = {"nftables": _nftables}
+
+
+class Lab:
+    """Namespaces, data paths and servers; kept from case to case, for building them takes long."""
+
+    def __init__(self, datapath: str) -> None:
+        self.prober = Prober()
+        self.fabric = Fabric(self._leaving)
+        self._make = DATAPATHS[datapath]
+        self.parts: dict[int, Part[PolicyTable]] = {}
+
+    def _leaving(self, fd: int) -> None:
+        self.prober.forget(fd)
+        self.parts.pop(fd, None)
+
+    def part(self, node: str) -> Part[PolicyTable]:
+        """The node's data path."""
+        place = self.fabric.nodes[node]
+        if place.fd not in self.parts:
+            part = self.parts[place.fd] = self._make(place.fd, BRIDGE)
+            part.start()
+        return self.parts[place.fd]
+
+    def close(self) -> None:
+        self.fabric.close()
+        self.prober.close()
+
+
+class PacketBackend:
+    """One case's world on a lab."""
+
+    def __init__(self, world: World, lab: Lab) -> None:
+        self._world, self._lab = world, lab
+        self._compilers = {node: PolicyCompiler(node) for node in world.nodes}
+        self._attached: dict[str, dict[tuple[str, str], Any]] = {node: {} for node in world.nodes}
+
+    def update(self) -> None:
+        """Bring namespaces and data paths to where the world is."""
+        self._lab.fabric.sync(self._world)
+        changes = self._world.store.take()
+        for node, compiler in self._compilers.items():
+            wanted = {a.pod: a for a in self._lab.fabric.attachments(node)}
+            attached = self._attached[node]
+            for pod in attached.keys() - wanted.keys():
+                compiler.detach(pod)
+            for pod, attachment in wanted.items():
+                if attached.get(pod) != attachment:
+                    compiler.attach(attachment)
+            self._attached[node] = wanted
+            part = self._lab.part(node)
+            part.apply(compiler.update(changes))
+            part.flush()
+
+    def connects(self, probes: Sequence[Probe]) -> list[dict[tuple[str, str], bool]]:
+        attempts = [self._attempts(probe) for probe in probes]
+        controls = [control for probe in probes for control in self._controls(probe)]
+        got = self._lab.prober.probe([one for some in attempts for one in some], controls)
+        return [{one.cell: one in got for one in some} for some in attempts]
+
+    def _attempts(self, probe: Probe) -> list[Attempt]:
+        out: list[Attempt] = []
+        for source, destination, expected in probe.cells():
+            from_, to = (self._world.address(end, probe.bits) for end in (source, destination))
+            if from_ is None or to is None:
+                continue
+            fds = [self._lab.fabric.place(self._real(end)).fd for end in (source, destination)]
+            out.append(
+                Attempt(
+                    (source, destination), probe.protocol, fds[0], from_, fds[1], to, probe.port,
+                    expected,
+                )
+            )  # fmt: skip
+        return out
+
+    def _controls(self, probe: Probe) -> Iterator[Attempt]:
+        """Servers are opened, and reached from their own nodes, which no policy stops."""
+        for name in dict.fromkeys(self._real(end) for end in probe.destinations):
+            place = self._lab.fabric.place(name)
+            to = self._world.address(name, probe.bits)
+            if to is None:
+                continue
+            self._lab.prober.serve(place.fd, probe.protocol, probe.port, len(to))
+            own = self._world.address(f"node:{place.node}", probe.bits) if place.node else None
+            if own is not None:
+                fd = self._lab.fabric.nodes[place.node].fd
+                cell = (f"node:{place.node}", name)
+                yield Attempt(cell, probe.protocol, fd, own, place.fd, to, probe.port, True)
+
+    def _real(self, endpoint: str) -> str:
+        """A hostNetwork pod is in its node's namespace."""
+        pod = self._world.pods.get(endpoint)
+        return f"node:{pod['node']}" if pod and pod.get("hostNetwork") else endpoint
+
+    def close(self) -> None:
+        pass
