@@ -50,6 +50,8 @@ class Usage(NamedTuple):
 class Table:
     """The table of a namespace (a descriptor; default: the caller's). Usable from any thread."""
 
+    name = "kernel"
+
     def __init__(self, netns_fd: int | None = None) -> None:
         self._netns = os.dup(netns_fd) if netns_fd is not None else netns.current()
         self._socket = netlink.NetlinkSocket(netlink.NETFILTER, self._netns)
@@ -137,6 +139,13 @@ class Table:
         """Entries by FlowKey, in portions; the filter only as far as the kernel filters."""
         return count_flows(self.datagrams(filter_))
 
+    def count(self, filter_: Filter) -> int:
+        """How many entries fit; quick where the kernel filters so."""
+        able = filters.abilities().dump
+        if all(filter_.kinds(family) <= able for family in filter_.families):
+            return sum(sum(portion.values()) for portion in self.flow_counts(filter_))
+        return sum(1 for _ in self.entries(filter_))
+
     def _dump(self, body: bytes) -> Iterator[bytes]:
         sequence = 1
         header = _HEADER.pack(16 + len(body), Message.GET, 0x301, sequence, 0)
@@ -164,8 +173,8 @@ class Table:
         """Make entries; those that the kernel refused (EEXIST: there is one already) come back."""
         return self._socket.attempt([create_request(entry) for entry in entries])[1]
 
-    def delete(self, filter_: Filter) -> int:
-        """Delete what fits; how many that were when it was asked (the kernel does not tell).
+    def delete(self, filter_: Filter) -> None:
+        """Delete what fits; the kernel does not tell how many (see `count`).
 
         In the kernel where it can filter so, else by dump and delete. Raises KernelError, and
         ValueError for a filter that leaves nothing out.
@@ -173,16 +182,15 @@ class Table:
         if not filter_:
             raise ValueError("a filter that fits everything")
         able = filters.abilities().delete
-        doomed = list(self.entries(filter_))
-        if not doomed:
-            return 0
-        if all(filter_.kinds(family) <= able for family in filter_.families):
-            for family in filter_.families:
-                body = filter_.body(family, filter_.kinds(family))
+        for family in filter_.families:
+            kinds = filter_.kinds(family)
+            if kinds <= able:
+                body = filter_.body(family, kinds)
                 request = netlink.Request(Message.DELETE, 0, body, "delete entries by a filter")
                 self._socket.run(request)
-            return len(doomed)
-        return self.delete_entries(doomed)
+            else:
+                own = filter_._replace(family=family)
+                self.delete_entries(list(self.entries(own)))
 
     def delete_entries(self, entries: Iterable[Entry]) -> int:
         """Delete exactly these, by tuple, zone and id; how many were still there."""
