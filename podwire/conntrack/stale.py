@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from podwire.conntrack.names import Names
 from podwire.kernel.ctnetlink import Entry, Filter, FlowKey, Match, Status, Table
 from podwire.kernel.ctnetlink.counting import flow_key
 from podwire.kernel.ctnetlink.filters import abilities
-from podwire.net import Address, Protocol
+from podwire.net import Address, Protocol, format_endpoint
 from podwire.services import ServiceTable
 from podwire.services.stale import Flow, StaleFlows
 
@@ -126,3 +127,18 @@ def judge_all(services: ServiceTable) -> Callable[[FlowKey], bool]:
         )
 
     return judge
+
+
+def group_rows(groups: Mapping[Group, int], names: Names) -> list[dict[str, object]]:
+    """Groups as JSON, largest first."""
+    ordered = sorted(groups.items(), key=lambda item: (-item[1], item[0]))
+    return [
+        {
+            "frontend": format_endpoint(group.destination, group.destination_port),
+            "service": str(names.service(Protocol.UDP, group.destination, group.destination_port)
+                           or "gone"),
+            "backend": format_endpoint(group.reply_source, group.reply_source_port),
+            "entries": count,
+        }
+        for group, count in ordered
+    ]  # fmt: skip

@@ -36,12 +36,14 @@ class Attribute(IntEnum):
     STATUS = 3
     PROTOINFO = 4
     HELP = 5
+    NAT_SRC = 6
     TIMEOUT = 7
     MARK = 8
     COUNTERS_ORIG = 9
     COUNTERS_REPLY = 10
     USE = 11
     ID = 12
+    NAT_DST = 13
     TUPLE_MASTER = 14
     ZONE = 18
     TIMESTAMP = 20
@@ -307,21 +309,36 @@ def delete_request(entry: Entry) -> netlink.Request:
 
 
 def create_request(entry: Entry) -> netlink.Request:
-    """Make this entry: tuples, status, timeout, mark, zone, labels, TCP state.
-
-    NAT bits need no NAT rule: the kernel takes them from the reply tuple.
+    """Make this entry: tuples, status, timeout, mark, zone, labels, TCP state. Where the reply is
+    not the original reversed, NAT is set up, which needs no rule. Only protocols with ports.
     """
-    body = NFGENMSG.pack(entry.original.family, 0, 0)
-    body += tuple_attribute(Attribute.TUPLE_ORIG, entry.original)
-    body += tuple_attribute(Attribute.TUPLE_REPLY, entry.reply)
+    original, reply = entry.original, entry.reply
+    plain = original.reversed()
+    body = NFGENMSG.pack(original.family, 0, 0)
+    body += tuple_attribute(Attribute.TUPLE_ORIG, original)
+    body += tuple_attribute(Attribute.TUPLE_REPLY, plain)
+    if (reply.source, reply.source_port) != (plain.source, plain.source_port):
+        body += _nat(Attribute.NAT_DST, reply.source, reply.source_port)
+    if (reply.destination, reply.destination_port) != (plain.destination, plain.destination_port):
+        body += _nat(Attribute.NAT_SRC, reply.destination, reply.destination_port)
     body += big32(Attribute.STATUS, entry.status) if entry.status else b""
     body += big32(Attribute.TIMEOUT, 60 if entry.timeout_s is None else entry.timeout_s)
     body += big32(Attribute.MARK, entry.mark) if entry.mark else b""
     body += big16(Attribute.ZONE, entry.zone) if entry.zone else b""
     if entry.labels:
         body += netlink.attr(Attribute.LABELS, entry.labels.to_bytes(16, "little"))
-    if entry.original.protocol == Protocol.TCP:
+    if original.protocol == Protocol.TCP:
         state = entry.state or TcpState.NONE
         body += netlink.nest(Attribute.PROTOINFO, netlink.nest(1, netlink.u8(1, state)))
     flags = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
     return netlink.Request(Message.NEW, flags, body, "make a connection table entry")
+
+
+def _nat(kind: Attribute, address: Address, port: int) -> bytes:
+    """CTA_NAT_…: exactly this address and port."""
+    least, most = (1, 2) if len(address) == 4 else (4, 5)
+    return netlink.nest(
+        kind,
+        netlink.attr(least, address) + netlink.attr(most, address),
+        netlink.nest(3, big16(1, port) + big16(2, port)),
+    )
