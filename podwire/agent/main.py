@@ -63,6 +63,7 @@ class Agent:
         self._loop: Loop | None = None
         self._machine = Machine(())
         self._syncs: list[Sync[Any]] = []
+        self._more_reasons: list[Callable[[], list[str]]] = []
         self._ready = False
         self._restart = False
 
@@ -120,6 +121,7 @@ class Agent:
             await self.reflector.wait_synced()
         built = parts.build(self.options, node)
         self._syncs = built.syncs
+        self._more_reasons = built.reasons
         self._machine = Machine(built.requirements)
         self._machine.require()
         for sync in self._syncs:
@@ -288,6 +290,7 @@ class Agent:
             f"{kind.__name__}: {state.error}" for kind, state in states.items() if state.error
         ]
         reasons += [f"{sync.name}: {sync.error}" for sync in self._syncs if sync.error]
+        reasons += [reason for reasons_of in self._more_reasons for reason in reasons_of()]
         counts = ", ".join(f"{len(self.store.all(kind))} {kind.__name__}" for kind in self.kinds)
         return {
             "node": self.options.node_name,

@@ -66,12 +66,6 @@ class Metrics:
             ["part"],
             registry=registry,
         )
-        self.conntrack_deleted = Counter(
-            "kubeproxy_conntrack_reconciler_deleted_entries",
-            "Stale connection entries deleted",
-            ["ip_family"],
-            registry=registry,
-        )
         self.repairs = Counter(
             "podwire_repairs",
             "Foreign or missing kernel state put right, by part",

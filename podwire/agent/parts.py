@@ -11,10 +11,12 @@ from typing import Any
 from podwire.agent import ebpf, services_api
 from podwire.agent import node as own_node
 from podwire.agent.admission import Admission
+from podwire.agent.conntrack import ConntrackRoom
 from podwire.agent.control import ControlServer
 from podwire.agent.loop import Loop
 from podwire.agent.options import Options
 from podwire.agent.pods import Gate, Pods
+from podwire.agent.reaping import ReapingPart
 from podwire.agent.sync import Sync
 from podwire.agent.vpc import VpcMode
 from podwire.agent.watch import Watcher
@@ -87,6 +89,9 @@ class Built:
         default_factory=list[Callable[[Any], Coroutine[Any, Any, None]]]
     )
 
+    reasons: list[Callable[[], list[str]]] = field(default_factory=list[Callable[[], list[str]]])
+    """What is wrong, for the status."""
+
     def serve(self, control: ControlServer, store: Store, loop: Loop) -> None:
         """Register what the rooms answer on the control socket."""
         for register in self.serving:
@@ -131,10 +136,11 @@ def build(options: Options, node: Node) -> Built:
     built = Built(_datapath(options))
     if built.datapath == "ebpf":
         built.programs = ebpf.make_programs(options)
+    room = _add_conntrack(built, options)
     if "nodes" in options.parts and options.wiring != "vpc":  # the VPC routes between nodes
         _add_nodes(built, options)
     if "services" in options.parts:
-        _add_services(built, options, node)
+        _add_services(built, options, node, room)
     policy = _add_policy(built, options) if "policy" in options.parts else None
     if "cni" in options.parts:
         _add_cni(built, options, node, policy)
@@ -170,14 +176,31 @@ def _add_nodes(built: Built, options: Options) -> None:
     built.requirements += FORWARDING
 
 
-def _add_services(built: Built, options: Options, node: Node) -> None:
+def _add_conntrack(built: Built, options: Options) -> ConntrackRoom:
+    def services() -> ServiceTable | None:
+        return next((sync.table for sync in built.syncs if sync.name == "services"), None)
+
+    room = ConntrackRoom(options, services)
+    built.preparing.append(room.prepare)
+    built.serving.append(room.serve)
+    built.reasons.append(room.reasons)
+
+    async def run(agent: Any) -> None:
+        agent.metrics.registry.register(room.collector)
+        await room.run()
+
+    built.tasks.append(run)
+    return room
+
+
+def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoom) -> None:
     config = own_node.proxy_config(options, node)
     compiler = ServiceCompiler(own_node.facts(node), config)
-    path: ServicesPart | EbpfServicesPart
-    if built.programs is not None:
+    path: ReapingPart | EbpfServicesPart
+    if built.programs is not None:  # which ends the flows in its own table
         path = EbpfServicesPart(config, programs=built.programs)
     else:
-        path = ServicesPart(config)
+        path = ReapingPart(ServicesPart(config), room.collector.removed)
 
     def compile(changes: ChangeSet) -> ServiceTable:
         own = changes.of(Node).get(("", options.node_name))

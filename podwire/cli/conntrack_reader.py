@@ -44,12 +44,19 @@ class AgentReader:
 
     def stream(self, what: str, query: dict[str, str]) -> Iterator[dict[str, Any]]:
         source = control.follow(self._socket, f"/v1/conntrack/{what}", query)
+
+        async def following() -> dict[str, Any]:
+            return await anext(source)
+
         with asyncio.Runner() as runner:
             while True:
                 try:
-                    yield runner.run(anext(source))  # pyright: ignore[reportArgumentType]
+                    row = runner.run(following())
                 except StopAsyncIteration:
                     return
+                if "error" in row:
+                    raise ApiError(row["error"])
+                yield row
 
 
 class OwnReader:

@@ -110,12 +110,17 @@ def _refusal() -> str:
     return ""
 
 
+def cores() -> int:
+    """CPUs of the machine, as kube-proxy counts them."""
+    return os.cpu_count() or 1
+
+
 def machine(netns_fd: int | None, peak: int) -> sizing.Machine:
     """For `sizing.advise`."""
     here = settings(netns_fd)
     return sizing.Machine(
         memory_mb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
-        cores=os.cpu_count() or 1,
+        cores=cores(),
         limit=here.limit,
         buckets=here.buckets,
         peak=peak,

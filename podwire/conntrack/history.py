@@ -59,13 +59,12 @@ class History:
 
     def rates(self, over_s: float = 60.0) -> dict[str, float]:
         """Each counter's increase per second over the last samples."""
-        if len(self._samples) < 2:
+        samples = tuple(self._samples)  # another thread may add one meanwhile
+        if len(samples) < 2:
             return {}
-        last = self._samples[-1]
-        first = next(s for s in self._samples if last.at_s - s.at_s <= over_s or s is last)
-        if first is last:
-            first = self._samples[-2]
-        return rates(first, last)
+        last = samples[-1]
+        first = next(sample for sample in samples if last.at_s - sample.at_s <= over_s)
+        return rates(samples[-2] if first is last else first, last)
 
 
 def rates(first: Sample, last: Sample) -> dict[str, float]:
