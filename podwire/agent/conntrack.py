@@ -35,7 +35,7 @@ log = logging.getLogger("podwire.agent.conntrack")
 SAMPLE_PERIOD_S = 5.0
 TALLY_PERIOD_S = 15.0
 TALLY_SHARE = 50  # a reading is followed by a pause this many times as long
-NAMES_PERIOD_S = 2.0
+NAMES_SHARE = 20  # names are good for this many times as long as they took to gather
 _BATCH = 200
 _PREFIX = "net.netfilter.nf_conntrack_"
 _PRESSURE_ENDS = PRESSURE - 0.05  # so that a table that hovers does not flap
@@ -167,10 +167,12 @@ class ConntrackRoom:
         """Pods, nodes and Services as they are now; in the main thread, where the store lives."""
         if time.monotonic() < self._names_until or self._store is None:
             return
+        began = time.monotonic()
         with NetlinkSocket() as sock:
             own = {each.address for each in address.dump(sock)}
         self._names = names.from_store(self._store, self._services(), own, self._options.node_name)
-        self._names_until = time.monotonic() + NAMES_PERIOD_S
+        now = time.monotonic()
+        self._names_until = now + NAMES_SHARE * (now - began)
 
 
 def apply_options(options: ConntrackOptions, cores: int | None = None) -> list[str]:

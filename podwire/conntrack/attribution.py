@@ -75,7 +75,7 @@ class Peer:
         self.opened = 0
         self.answered = 0
         self.outside = 0
-        """Of those opened: to somebody outside of the cluster."""
+        """Of those opened: to somebody outside of the cluster, through no Service."""
         self.services = 0
         """Of those opened: through a Service."""
         self.unreplied = 0
@@ -134,8 +134,6 @@ class Tally:
                 service = frontends[frontend] = self._names.service(protocol, destination, port)
             client.opened += count
             server.answered += count
-            if server.place.role is Role.OUTSIDE:
-                client.outside += count
             kinds[kind_of(client.place.role, server.place.role, service is not None)] += count
             unreplied = 0 if status & 2 else count
             client.unreplied += unreplied
@@ -144,6 +142,8 @@ class Tally:
                 through.answered += count
                 through.unreplied += unreplied
                 client.services += count
+            elif server.place.role is Role.OUTSIDE:
+                client.outside += count
             shape = (protocol, state, status & 0x4006)
             states[shape] = states.get(shape, 0) + count
             if status & 0x30:

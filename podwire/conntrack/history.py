@@ -1,9 +1,10 @@
 """How the table grows: samples, rates between them, and when it will be full.
 
-The forecast's method: the growth is the median of the slopes between all pairs of samples of the
-last `WINDOW_S` seconds (Theil-Sen), which one burst or one garbage collection does not move; the
-time to full is what is left divided by it, as if growth stayed as it is. A table that shrinks or
-stands still has none.
+The forecast's method: the growth is the median of the slopes between all pairs of samples
+(Theil-Sen), which one burst or one garbage collection does not move, once over the last minute and
+once over the last five; the larger one counts, so that a flood is seen at once and a slow leak too.
+The time to full is what is left divided by it, as if growth stayed as it is. A table that shrinks
+or stands still has none.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-WINDOW_S = 300.0
-METHOD = "median slope of all pairs of samples (Theil-Sen), taken to go on"
+WINDOWS_S = (60.0, 300.0)
+METHOD = "median slope of all pairs of samples (Theil-Sen) of 1 or 5 minutes, taken to go on"
+LEAST = 3  # samples without which nothing is foretold
 _MOST = 60  # samples that a forecast uses: 1,770 pairs
 
 
@@ -39,15 +41,14 @@ class Forecast(NamedTuple):
 class History:
     """The last samples, and the highest use since the first."""
 
-    def __init__(self, window_s: float = WINDOW_S) -> None:
-        self._window_s = window_s
+    def __init__(self) -> None:
         self._samples: deque[Sample] = deque()
         self.peak = 0
 
     def add(self, sample: Sample) -> None:
         self._samples.append(sample)
         self.peak = max(self.peak, sample.used)
-        while sample.at_s - self._samples[0].at_s > self._window_s:
+        while sample.at_s - self._samples[0].at_s > WINDOWS_S[-1]:
             self._samples.popleft()
 
     @property
@@ -77,15 +78,29 @@ def rates(first: Sample, last: Sample) -> dict[str, float]:
 
 
 def forecast(samples: Sequence[Sample]) -> Forecast:
-    """Growth and time to full; no growth from fewer than two samples."""
-    chosen = _thinned(samples)
-    if len(chosen) < 2:
+    """Growth and time to full."""
+    if len(samples) < LEAST:
         return Forecast(0.0, None, len(samples), 0.0)
-    growth = median(_slopes(chosen))
-    last = chosen[-1]
+    last = samples[-1]
+    growth, chosen = max(
+        (
+            (_growth(recent), recent)
+            for window_s in WINDOWS_S
+            for recent in [[s for s in samples if last.at_s - s.at_s <= window_s]]
+            if len(recent) >= LEAST
+        ),
+        key=lambda pair: pair[0],
+        default=(0.0, list(samples)),
+    )
     left = max(0, last.limit - last.used)
     full_in_s = left / growth if growth > 0 and last.limit else None
-    return Forecast(growth, full_in_s, len(samples), last.at_s - chosen[0].at_s)
+    return Forecast(growth, full_in_s, len(chosen), last.at_s - chosen[0].at_s)
+
+
+def _growth(samples: Sequence[Sample]) -> float:
+    """Entries per second; 0 where no time passed."""
+    slopes = list(_slopes(_thinned(samples)))
+    return median(slopes) if slopes else 0.0
 
 
 def _slopes(samples: Sequence[Sample]) -> Iterable[float]:
