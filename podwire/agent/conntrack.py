@@ -42,19 +42,24 @@ _PRESSURE_ENDS = PRESSURE - 0.05  # so that a table that hovers does not flap
 
 
 class ConntrackRoom:
-    """All about the connection table of one agent, in the agent's own namespace."""
+    """All about the connection table of one agent, in the agent's own namespace.
+
+    `own` is the data path's own table, where it has one: it is then what is shown, unless a query
+    asks for ``source=kernel``.
+    """
 
     def __init__(
         self,
         options: Options,
         services: Callable[[], ServiceTable | None],
-        source: Source | None = None,
+        own: Source | None = None,
     ) -> None:
         self._options, self._services = options, services
         self._names, self._names_until = Names(), 0.0
         self._store: Store | None = None
-        self.inspector = Inspector(source or Table(), lambda: self._names)
-        self.collector = ConntrackCollector(self.inspector)
+        self._kernel = Inspector(Table(), lambda: self._names)
+        self.inspector = Inspector(own, lambda: self._names) if own else self._kernel
+        self.collector = ConntrackCollector(self._kernel, self.inspector)
         self.tally: Tally | None = None
         self.pressure = False
         self._refusals: list[str] = []
@@ -70,20 +75,26 @@ class ConntrackRoom:
     def serve(self, control: ControlServer, store: Store, _: object) -> None:
         """Answer `podwire conntrack`."""
         self._store = store
-        inspector = self.inspector
 
-        def status(_: Query) -> dict[str, Any]:
-            return inspector.status()
+        def status(query: Query) -> dict[str, Any]:
+            return self._asked(query).status()
+
+        def top(query: Query) -> dict[str, Any]:
+            return self._asked(query).top(query)
 
         def advise(query: Query) -> dict[str, Any]:
-            return inspector.apply() if query.get("apply") else inspector.advise()
+            return self._kernel.apply() if query.get("apply") else self._kernel.advise()
 
-        control.route("/v1/conntrack/status", self._in_thread(status))
-        control.route("/v1/conntrack/top", self._in_thread(inspector.top))
-        control.route("/v1/conntrack/advise", self._in_thread(advise))
-        control.route("/v1/conntrack/flush", self._in_thread(inspector.flush))
-        control.stream("/v1/conntrack/ls", lambda query: self._rows(inspector.ls(query), _BATCH))
+        def flush(query: Query) -> dict[str, Any]:
+            return self._asked(query).flush(query)
+
+        for answer in (status, top, advise, flush):
+            control.route(f"/v1/conntrack/{answer.__name__}", self._in_thread(answer))
+        control.stream("/v1/conntrack/ls", lambda q: self._rows(self._asked(q).ls(q), _BATCH))
         control.stream("/v1/conntrack/watch", self._watch)
+
+    def _asked(self, query: Query) -> Inspector:
+        return self._kernel if query.get("source") == "kernel" else self.inspector
 
     def _in_thread(self, answer: Callable[[Query], dict[str, Any]]) -> Callable[[Query], Any]:
         async def handler(query: Query) -> dict[str, Any]:
@@ -95,7 +106,7 @@ class ConntrackRoom:
     async def _watch(self, query: Query) -> AsyncIterator[dict[str, Any]]:
         gone = threading.Event()
         try:
-            async for row in self._rows(self.inspector.watch(query, gone.is_set), 1):
+            async for row in self._rows(self._asked(query).watch(query, gone.is_set), 1):
                 yield row
         finally:
             gone.set()

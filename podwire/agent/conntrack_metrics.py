@@ -32,10 +32,13 @@ _OWN = ("clash_resolve", "chaintoolong", "connections_full", "ports_exhausted")
 
 
 class ConntrackCollector(Collector):
-    """Reads count and counters when it is asked; the rest is of the last whole reading."""
+    """Reads count and counters when it is asked; the rest is of the last whole reading.
 
-    def __init__(self, inspector: Inspector) -> None:
-        self._inspector = inspector
+    The node_ names are always the kernel's table; ours are `shown`'s, perhaps the data path's own.
+    """
+
+    def __init__(self, kernel: Inspector, shown: Inspector) -> None:
+        self._kernel, self._inspector = kernel, shown
         self._shown: list[Metric] = []
         self._deleted = {4: 0, 6: 0}
         registry = CollectorRegistry()  # a histogram wants one; the real one asks us
@@ -70,20 +73,23 @@ class ConntrackCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families; nothing while the table cannot be read."""
         try:
-            sample = self._inspector.sample()
+            kernel = self._kernel.sample()
+            sample = kernel if self._inspector is self._kernel else self._inspector.sample()
         except KernelError:
             return
         forecast = self._inspector.history.forecast()
-        yield _gauge("node_nf_conntrack_entries", "Entries in the table", sample.used)
-        yield _gauge("node_nf_conntrack_entries_limit", "Entries that fit", sample.limit)
+        yield _gauge("node_nf_conntrack_entries", "Entries in the table", kernel.used)
+        yield _gauge("node_nf_conntrack_entries_limit", "Entries that fit", kernel.limit)
         for name in _EXPORTER:
-            if name in sample.counters:
+            if name in kernel.counters:
                 yield _gauge(f"node_nf_conntrack_stat_{name}", f"Counter {name} of the table",
-                             sample.counters[name])  # fmt: skip
+                             kernel.counters[name])  # fmt: skip
         for name in _OWN:
             if name in sample.counters:
                 yield _counter(f"podwire_conntrack_{name}", f"Counter {name} of the table",
                                sample.counters[name])  # fmt: skip
+        yield _gauge("podwire_conntrack_entries", "Entries in the data path's table", sample.used)
+        yield _gauge("podwire_conntrack_entries_limit", "Entries that fit there", sample.limit)
         yield _gauge("podwire_conntrack_peak_entries", "Most entries since the agent's start",
                      self._inspector.history.peak)  # fmt: skip
         yield _gauge("podwire_conntrack_growth_entries_per_second", "Median growth of five minutes",

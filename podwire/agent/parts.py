@@ -21,6 +21,7 @@ from podwire.agent.sync import Sync
 from podwire.agent.vpc import VpcMode
 from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
+from podwire.conntrack.ebpf import EbpfSource
 from podwire.datapath import Part, Requirement
 from podwire.datapath.ebpf.nodes import NodesPart as EbpfNodesPart
 from podwire.datapath.ebpf.programs import Programs
@@ -88,7 +89,6 @@ class Built:
     tasks: list[Callable[[Any], Coroutine[Any, Any, None]]] = field(
         default_factory=list[Callable[[Any], Coroutine[Any, Any, None]]]
     )
-
     reasons: list[Callable[[], list[str]]] = field(default_factory=list[Callable[[], list[str]]])
     """What is wrong, for the status."""
 
@@ -180,7 +180,8 @@ def _add_conntrack(built: Built, options: Options) -> ConntrackRoom:
     def services() -> ServiceTable | None:
         return next((sync.table for sync in built.syncs if sync.name == "services"), None)
 
-    room = ConntrackRoom(options, services)
+    own = EbpfSource(built.programs) if built.programs is not None else None
+    room = ConntrackRoom(options, services, own)
     built.preparing.append(room.prepare)
     built.serving.append(room.serve)
     built.reasons.append(room.reasons)

@@ -14,7 +14,17 @@ from podwire.cli.conntrack_reader import Reader, choose
 from podwire.cli.paint import paint, table
 from podwire.net import format_endpoint, parse_address
 
-_FILTERS = ("pod", "service", "namespace", "address", "target", "protocol", "state", "kind")
+_FILTERS = (
+    "source",
+    "pod",
+    "service",
+    "namespace",
+    "address",
+    "target",
+    "protocol",
+    "state",
+    "kind",
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     flush.add_argument("--yes", action="store_true", help="do it")
     for each in (status, ls, top, watch, advise, flush):
         agents.add_options(each)
+        each.add_argument("--source", choices=("kernel",), default="",
+                          help="the kernel table also where the data path has one")  # fmt: skip
         each.add_argument("--raw", action="store_true", help="no agent: this namespace, no names")
 
 
@@ -53,7 +65,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def _query(args: argparse.Namespace) -> dict[str, str]:
-    return {name: getattr(args, name) for name in _FILTERS if getattr(args, name)}
+    return {name: found for name in _FILTERS if (found := getattr(args, name, ""))}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,7 +96,7 @@ def _print_json(answer: object) -> None:
 
 
 def _status(reader: Reader, args: argparse.Namespace) -> int:
-    answer = reader.ask("status")
+    answer = reader.ask("status", _query(args))
     if args.json:
         _print_json(answer)
     else:
@@ -199,7 +211,7 @@ def _end(direction: dict[str, Any], which: str) -> str:
 
 
 def _top(reader: Reader, args: argparse.Namespace) -> int:
-    query = {"most": str(args.most)}
+    query = _query(args) | {"most": str(args.most)}
     group = args.by or ("pod" if reader.names else "remote")
     if not args.once:
         return conntrack_top.run(lambda: reader.ask("top", query), group, args.interval)

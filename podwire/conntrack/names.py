@@ -58,7 +58,7 @@ class Names:
         found = self._places.get(address)
         if found is not None:
             return found
-        if address[0] == 127 and len(address) == 4:
+        if _stays_on_link(address):
             return Place(Role.NODE)
         if any(address in prefix for prefix in self._pod_prefixes):
             return _UNKNOWN_POD
@@ -91,6 +91,14 @@ class Names:
         """The addresses of a pod (``namespace/name``)."""
         wanted = Place(Role.POD, pod)
         return [address for address, place in self._places.items() if place == wanted]
+
+
+def _stays_on_link(address: Address) -> bool:
+    """Loopback, unspecified, link-local and multicast addresses are never outside."""
+    if len(address) == 4:
+        return address[0] in (0, 127) or address[0] >= 224 or address[:2] == b"\xa9\xfe"
+    first = address[0] << 8 | address[1]
+    return first >= 0xFF00 or first & 0xFFC0 == 0xFE80 or address[:15] == bytes(15)
 
 
 def from_store(
