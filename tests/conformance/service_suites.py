@@ -1,10 +1,18 @@
-"""The service-proxy suites that need no packets: tables and decisions."""
+"""The service-proxy suites that need no packets: tables, decisions, the health server."""
 
 from __future__ import annotations
 
+import asyncio
+import http.client
+import json
+import os
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from podwire.agent.health import ServiceHealth, listen_addresses
+from podwire.kernel import link, netns
+from podwire.kernel.netlink import NetlinkSocket
 from podwire.kube.objects import EndpointHints, Hint
 from podwire.net import Protocol, format_address, parse_address
 from podwire.services import NodeFacts, ProxyConfig, backend, format_backend
@@ -101,16 +109,58 @@ def _no_local_endpoints(case: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _service_health(case: Mapping[str, Any]) -> Iterable[str]:
+    """Ask the real server, in a namespace of its own."""
+    fd = netns.create()
+    try:
+        with NetlinkSocket(netns_fd=fd) as sock:
+            sock.run(link.change("lo", up=True))
+        return asyncio.run(_ask_health(case, fd))
+    finally:
+        os.close(fd)
+
+
+async def _ask_health(case: Mapping[str, Any], fd: int) -> list[str]:
     cluster = Cluster(case)
     service = case["service"]
-    key = (service["metadata"]["namespace"], service["metadata"]["name"])
     cluster.apply([service])
-    for number, step in enumerate(case["steps"]):
-        check = cluster.apply(step["slices"]).health_checks.get(key)
-        if check is None:
-            yield f"step {number}: no health check"
-        elif check.local_endpoints != step["localReadyEndpoints"]:
-            yield f"step {number}: {check.local_endpoints} local endpoints"
+    healthy = True
+    server = ServiceHealth(lambda: healthy, fd)
+    problems: list[str] = []
+    try:
+        for number, step in enumerate(case["steps"]):
+            table = cluster.apply(step["slices"])
+            await server.update(table.health_checks, listen_addresses(table.settings))
+            (check,) = table.health_checks.values()
+            if check.local_endpoints != step["localReadyEndpoints"]:
+                problems.append(f"step {number}: {check.local_endpoints} local endpoints")
+            for expect in step["responses"]:
+                healthy = expect["proxyHealthy"]
+                answer = await asyncio.to_thread(_get, fd, service["spec"]["healthCheckNodePort"])
+                problems += [f"step {number}: {wrong}" for wrong in _differences(answer, expect)]
+    finally:
+        await server.close()
+    return problems
+
+
+def _get(fd: int, port: int) -> tuple[int, Mapping[str, str], Any]:
+    with netns.socket(fd, socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        sock.connect(("127.0.0.1", port))
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        return response.status, dict(response.getheaders()), json.loads(response.read())
+
+
+def _differences(
+    answer: tuple[int, Mapping[str, str], Any], expect: Mapping[str, Any]
+) -> Iterable[str]:
+    status, headers, body = answer
+    if (status, body) != (expect["status"], expect["body"]):
+        yield f"expected {expect['status']} {expect['body']}, got {status} {body}"
+    for name, value in expect["headers"].items():
+        if headers.get(name) != value:
+            yield f"expected {name}: {value}, got {headers.get(name)}"
 
 
 def _each(
