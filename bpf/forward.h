@@ -45,6 +45,23 @@ static __always_inline struct endpoint *find_endpoint(const struct address *addr
 	return with_pods ? bpf_map_lookup_elem(&endpoints, address) : NULL;
 }
 
+static __always_inline long find_route(CONTEXT *ctx, struct bpf_fib_lookup *route,
+				       const struct flow *flow, __u32 from, __u32 flags)
+{
+	__builtin_memset(route, 0, sizeof(*route));
+	route->ifindex = from;
+	if (is_ipv4(&flow->destination)) {
+		route->family = AF_INET;
+		route->ipv4_src = flow->source.words[3];
+		route->ipv4_dst = flow->destination.words[3];
+	} else {
+		route->family = AF_INET6;
+		__builtin_memcpy(route->ipv6_src, &flow->source, 16);
+		__builtin_memcpy(route->ipv6_dst, &flow->destination, 16);
+	}
+	return bpf_fib_lookup(ctx, route, sizeof(*route), flags);
+}
+
 #ifndef PODWIRE_XDP
 
 static __always_inline int drop(struct __sk_buff *ctx, enum reason reason, const struct flow *flow)
@@ -83,23 +100,6 @@ static __always_inline int to_neighbour(const struct bpf_fib_lookup *route)
 	else
 		__builtin_memcpy(next.ipv6_nh, route->ipv6_dst, 16);
 	return bpf_redirect_neigh(route->ifindex, &next, sizeof(next), 0);
-}
-
-static __always_inline long find_route(struct __sk_buff *ctx, struct bpf_fib_lookup *route,
-				       const struct flow *flow, __u32 from, __u32 flags)
-{
-	__builtin_memset(route, 0, sizeof(*route));
-	route->ifindex = from;
-	if (is_ipv4(&flow->destination)) {
-		route->family = AF_INET;
-		route->ipv4_src = flow->source.words[3];
-		route->ipv4_dst = flow->destination.words[3];
-	} else {
-		route->family = AF_INET6;
-		__builtin_memcpy(route->ipv6_src, &flow->source, 16);
-		__builtin_memcpy(route->ipv6_dst, &flow->destination, 16);
-	}
-	return bpf_fib_lookup(ctx, route, sizeof(*route), flags);
 }
 
 /* By the routing table, past the stack. `from` is the interface the packet came in by. What is for

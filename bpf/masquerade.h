@@ -31,7 +31,7 @@ static __always_inline bool leaves_cluster(const struct address *source, const s
 
 /* Put as the source of `to` what the kernel would: the address of the way out (Linux 6.7), otherwise
  * the node's own. False: there is none. */
-static __always_inline bool masquerade(struct __sk_buff *ctx, struct flow *to, __u32 from)
+static __always_inline bool masquerade(CONTEXT *ctx, struct flow *to, __u32 from)
 {
 	const struct settings *current = current_settings();
 	bool ipv4 = is_ipv4(&to->destination);

@@ -6,7 +6,7 @@
 
 #ifdef PODWIRE_XDP
 #define load_bytes bpf_xdp_load_bytes
-#define store_bytes bpf_xdp_store_bytes
+#define store_bytes(ctx, offset, from, size) bpf_xdp_store_bytes(ctx, offset, (void *)(from), size)
 #else
 #define load_bytes bpf_skb_load_bytes
 #define store_bytes(ctx, offset, from, size) bpf_skb_store_bytes(ctx, offset, from, size, 0)
@@ -71,17 +71,21 @@ struct packet {
 	__u8 pad[2];
 };
 
-static __always_inline void parse_icmp(CONTEXT *ctx, struct packet *p)
+/* Functions that are not static are verified once, by themselves, and keep what is rare out of the
+ * way of what is common. */
+__noinline int parse_icmp(CONTEXT *ctx, struct packet *p)
 {
 	struct { __u8 type, code; __be16 checksum, id, sequence; } icmp;
 	bool echo, error;
 
+	if (!p)
+		return 0;
 	p->kind = PACKET_OTHER;
 	if (p->fragment == FRAGMENT_LATER)
-		return;
+		return 0;
 	if (load_bytes(ctx, p->transport, &icmp, sizeof(icmp))) {
 		p->kind = PACKET_BROKEN;
-		return;
+		return 0;
 	}
 	p->icmp_type = icmp.type;
 	if (p->ipv4) {
@@ -99,6 +103,7 @@ static __always_inline void parse_icmp(CONTEXT *ctx, struct packet *p)
 	} else if (error) {
 		p->kind = PACKET_ICMP_ERROR;
 	}
+	return 0;
 }
 
 static __always_inline void parse_transport(CONTEXT *ctx, struct packet *p)
@@ -107,13 +112,12 @@ static __always_inline void parse_transport(CONTEXT *ctx, struct packet *p)
 	__u16 offset_and_flags;
 	__u8 protocol = p->flow.protocol;
 
-	p->kind = PACKET_OTHER;
-	if (protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6) {
-		parse_icmp(ctx, p);
+	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != IPPROTO_SCTP) {
+		p->kind = PACKET_OTHER;
+		if (protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6)
+			parse_icmp(ctx, p);
 		return;
 	}
-	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != IPPROTO_SCTP)
-		return;
 	p->kind = PACKET_FLOW;
 	if (p->fragment == FRAGMENT_LATER)
 		return;
@@ -157,16 +161,19 @@ static __always_inline void parse_ipv4(CONTEXT *ctx, struct packet *p)
 
 #define IPV6_EXTENSIONS 6
 
-static __always_inline void parse_ipv6(CONTEXT *ctx, struct packet *p)
+__noinline int parse_ipv6(CONTEXT *ctx, struct packet *p)
 {
 	struct ipv6hdr ip;
 	struct { __u8 next, length; __be16 offset; __be32 id; } extension;
-	__u16 at = p->network + sizeof(ip);
+	__u16 at;
 	__u8 next;
 
+	if (!p)
+		return 0;
+	at = p->network + sizeof(ip);
 	if (load(ctx, p->network, &ip) || ip.version != 6) {
 		p->kind = PACKET_BROKEN;
-		return;
+		return 0;
 	}
 	p->ttl = ip.hop_limit;
 	__builtin_memcpy(&p->flow.source, &ip.saddr, 16);
@@ -178,7 +185,7 @@ static __always_inline void parse_ipv6(CONTEXT *ctx, struct packet *p)
 			break;
 		if (load_bytes(ctx, at, &extension, sizeof(extension))) {
 			p->kind = PACKET_BROKEN;
-			return;
+			return 0;
 		}
 		if (next == IPPROTO_FRAGMENT) {
 			__u16 offset = bpf_ntohs(extension.offset);
@@ -200,6 +207,7 @@ static __always_inline void parse_ipv6(CONTEXT *ctx, struct packet *p)
 	p->transport = at;
 	p->length = bpf_ntohs(ip.payload_len) - (at - p->network - sizeof(ip));
 	parse_transport(ctx, p);
+	return 0;
 }
 
 /* Fill `p` from the packet whose IP header is at `network`. */

@@ -77,9 +77,6 @@ static __always_inline int send(struct __sk_buff *ctx, const struct packet *p, e
 	return TCX_NEXT;
 }
 
-/* Functions that are not static are verified once, by themselves, and not anew at every call with all
- * that is known there: it keeps the verifier's work small. */
-
 /* Make the packet look as `w->to` and send it on. */
 __noinline int translate(struct __sk_buff *ctx, struct work *w, int place)
 {
@@ -117,13 +114,19 @@ static __always_inline bool is_permitted(struct __sk_buff *ctx, struct work *w, 
 	return true;
 }
 
+/* Whether the packet may be the first of its connection. */
+static __always_inline bool is_start(const struct packet *p)
+{
+	return p->flow.protocol != IPPROTO_TCP || p->tcp_flags & TCP_SYN;
+}
+
 /* Whether answers to this packet, which needs no entry of its own, would be taken for those of another
  * connection: one from the same port to a Service that led to the same backend. */
 static __always_inline bool is_shadowed(struct work *w)
 {
 	struct packet *p = &w->packet;
 
-	if (p->flow.protocol == IPPROTO_TCP && !(p->tcp_flags & TCP_SYN))
+	if (!is_start(p))
 		return false;
 	reverse(&w->creation.key, &p->flow);
 	return find_connection(&w->creation.key);
@@ -238,8 +241,13 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		forget_connection(&p->flow);
 		connection = NULL;
 	}
-	if (!connection)
-		return begin(ctx, w, place);
+	if (!connection) {
+		/* the common case, pod to pod without policies: nothing to decide */
+		struct endpoint *endpoint = place == PLACE_POD && !with_policy && !is_start(p) ?
+			find_endpoint(&p->flow.destination) : NULL;
+
+		return endpoint ? to_pod(ctx, p, endpoint) : begin(ctx, w, place);
+	}
 	touch(connection, p);
 	if (!(connection->flags & CONNECTION_TRANSLATED))
 		return send(ctx, p, place, false, false);

@@ -160,6 +160,19 @@ class Programs:
         for name in [n for n in self._links if n.split("-")[1] == str(ifindex)]:
             self._detach(name)
 
+    def accelerate(self, ifindex: int, *, generic: bool = False) -> None:
+        """Run Services at the driver of an uplink (XDP), for backends on other nodes.
+
+        `generic`: in the stack, where the driver cannot. Such packets are seen by no capture on
+        this node. Raises KernelError, from the driver too (EOPNOTSUPP).
+        """
+        with self.lock:
+            name = f"from_driver-{ifindex}-xdp"
+            if name not in self._links:
+                with netns.entered(self._netns_fd):
+                    link = Link.xdp(self.program("from_driver"), ifindex, generic=generic)
+                self._keep(name, link)
+
     def sync_links(self) -> list[int]:
         """Attach to interfaces that are new and let go of those that are gone; the new ones."""
         present = self.dump_links()

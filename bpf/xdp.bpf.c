@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* Services at the driver of the uplink: a packet for a NodePort, externalIP or load balancer IP whose
+ * backend is on another node leaves by the interface it came in, and never becomes an skb; so do the
+ * answers. Everything else is passed on untouched, and tcx decides.
+ */
+#define PODWIRE_XDP
+#include "masquerade.h"
+
+char _license[] SEC("license") = "Dual BSD/GPL";
+
+struct xdp_work {
+	struct packet packet;
+	struct flow to;
+	struct creation creation;
+	struct choice choice;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct xdp_work);
+} xdp_scratch SEC(".maps");
+
+static __always_inline bool leaves_here(struct xdp_md *ctx, const struct flow *to,
+					struct bpf_fib_lookup *route)
+{
+	return find_route(ctx, route, to, ctx->ingress_ifindex, 0) == BPF_FIB_LKUP_RET_SUCCESS &&
+	       route->ifindex == ctx->ingress_ifindex;
+}
+
+static __always_inline int bounce(struct xdp_md *ctx, struct xdp_work *w,
+				  const struct bpf_fib_lookup *route)
+{
+	struct packet *p = &w->packet;
+
+	if (rewrite(ctx, p, &w->to) || decrement_ttl(ctx, p) ||
+	    set_macs(ctx, (struct mac *)route->dmac, (struct mac *)route->smac)) {
+		count(REASON_WRITE_FAILED);
+		return XDP_DROP;
+	}
+	count(REASON_FORWARDED);
+	return XDP_TX;
+}
+
+static __always_inline enum origin xdp_origin(const struct address *source)
+{
+	const struct settings *current = current_settings();
+
+	if (current && current->detect_local == DETECT_CIDR && prefix_flags(source) & PREFIX_LOCAL_PODS)
+		return ORIGIN_POD;
+	return address_flags(source) & ADDRESS_NODE ? ORIGIN_NODE : ORIGIN_OUTSIDE;
+}
+
+/* The first packet of a connection: only what is masqueraded and goes on to another node. */
+__noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
+{
+	struct frontend *frontend = NULL;
+	struct bpf_fib_lookup route;
+	struct packet *p;
+	__u32 reason;
+
+	if (!w)
+		return XDP_PASS;
+	p = &w->packet;
+	if (find_service(&p->flow, &frontend, &reason) != VERDICT_TRANSLATE || !frontend ||
+	    choose(&p->flow, frontend, xdp_origin(&p->flow.source), &p->flow.source, &w->choice) !=
+		    VERDICT_TRANSLATE ||
+	    !w->choice.masquerade)
+		return XDP_PASS;
+	w->to = p->flow;
+	w->to.destination = w->choice.backend.address;
+	w->to.destination_port = w->choice.backend.port;
+	if (!leaves_here(ctx, &w->to, &route) || !masquerade(ctx, &w->to, ctx->ingress_ifindex))
+		return XDP_PASS;
+	reason = create_connection(&w->creation, p, &w->to, w->choice.service, CONNECTION_TRANSLATED,
+				   true);
+	if (reason) {
+		count(reason);
+		return XDP_DROP;
+	}
+	count(REASON_TRANSLATED);
+	return bounce(ctx, w, &route);
+}
+
+SEC("xdp")
+int from_driver(struct xdp_md *ctx)
+{
+	__u32 key = 0;
+	struct xdp_work *w = bpf_map_lookup_elem(&xdp_scratch, &key);
+	struct connection *connection;
+	struct bpf_fib_lookup route;
+	struct packet *p;
+
+	if (!w)
+		return XDP_PASS;
+	p = &w->packet;
+	parse(ctx, p);
+	if (p->kind != PACKET_FLOW || p->fragment != FRAGMENT_NONE || p->ttl <= 1 ||
+	    is_multicast(&p->flow.destination))
+		return XDP_PASS;
+	connection = find_connection(&p->flow);
+	if (!connection)
+		return xdp_begin(ctx, w);
+	if (!(connection->flags & CONNECTION_TRANSLATED) || is_reopened(connection, p))
+		return XDP_PASS;
+	w->to = connection->to;
+	if (!leaves_here(ctx, &w->to, &route))
+		return XDP_PASS;
+	touch(connection, p);
+	return bounce(ctx, w, &route);
+}

@@ -1,0 +1,97 @@
+"""NodePort traffic for other nodes at the driver: there and back, and the rest left to tcx."""
+
+import os
+import struct
+
+import pytest
+
+from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.services import ServicesPart
+from podwire.kernel import netns
+from podwire.kernel.bpf import features
+from podwire.net import Protocol
+from tests.conformance import service_packets as packets
+from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, UPLINK_MAC, World
+from tests.kernel.test_ebpf_programs import assert_sound
+from tests.kernel.test_ebpf_services import KINDS, make_port, make_table
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+]
+if os.geteuid() == 0 and not features.has_xdp_link():
+    pytestmark.append(pytest.mark.skip(reason="the kernel lacks XDP links"))
+
+DROP, PASS, TX = 1, 2, 3
+
+
+@pytest.fixture(scope="module")
+def world():
+    with World() as made:
+        programs = Programs(made.name, made.spaces["node"])
+        made.part = ServicesPart(programs=programs)
+        made.part.start()
+        programs.accelerate(made.ifindex("up0"), generic=True)
+        made.programs = programs
+        for family in (4, 6):
+            for kind in KINDS.values():
+                made.serve("outside", REMOTE[family], 80, kind)
+                made.serve("pod1", POD[1][family], 80, kind)
+        yield made
+        programs.close()
+
+
+def run(world, packet):
+    """``(verdict, frame)``."""
+    kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
+    frame = b"".join(bytes.fromhex(mac.replace(":", "")) for mac in UPLINK_MAC)
+    frame += struct.pack(">H", kind) + packet
+    context = struct.pack("=IIIIII", 0, len(frame), 0, world.ifindex("up0"), 0, 0)
+    program = world.programs.program("from_driver")
+    done = netns.call(world.spaces["node"], lambda: program.test_run(frame, context=context))
+    return done.value, done.data
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.UDP, Protocol.SCTP])
+def test_a_packet_bounces_to_the_backend_and_its_answer_back(world, family, protocol):
+    both = {"family": family, "protocol": protocol}
+    world.part.apply(make_table([make_port("far", 80, [REMOTE[family]], **both)]))
+    client = {4: "198.51.100.9", 6: "fd51::9"}[family]
+    ports = (5000 + protocol, 30080)
+    verdict, frame = run(world, packets.first(client, NODE[family], protocol, ports, 1))
+    there = packets.parse(frame[14:])
+    assert verdict == TX
+    assert frame[:6].hex(":") == UPLINK_MAC[1]
+    assert (there.source, there.destination) == (NODE[family], REMOTE[family])
+    assert there.destination_port == 80
+    assert_sound(frame[14:])
+    answer = (80, there.source_port)
+    verdict, frame = run(world, packets.first(REMOTE[family], NODE[family], protocol, answer, 2))
+    back = packets.parse(frame[14:])
+    assert verdict == TX
+    assert (back.source, back.destination) == (NODE[family], client)
+    assert (back.source_port, back.destination_port) == (30080, ports[0])
+    assert_sound(frame[14:])
+
+
+def test_what_stays_on_the_node_is_passed_on_untouched(world):
+    both = {"family": 4, "protocol": Protocol.TCP}
+    table = make_table(
+        [make_port("near", 80, [POD[1][4]], **both), make_port("no", 81, [], **both)]
+    )
+    world.part.apply(table)
+    for target, port in ((NODE[4], 30080), (NODE[4], 30081), (NODE[4], 22), (POD[1][4], 80)):
+        packet = packets.first(OUTSIDE[4], target, Protocol.TCP, (5000, port), 1)
+        verdict, frame = run(world, packet)
+        assert (verdict, frame[14:]) == (PASS, packet)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("protocol", list(KINDS))
+def test_real_clients_do_not_notice(world, family, protocol):
+    both = {"family": family, "protocol": protocol}
+    backends = [POD[1][family], REMOTE[family]]
+    world.part.apply(make_table([make_port("web", 80, backends, **both)]))
+    seen = world.observe("outside", NODE[family], 30080, KINDS[protocol], tries=16)
+    assert seen == {(backend, NODE[family]) for backend in backends}
