@@ -81,7 +81,9 @@ class Net:
     """See `tests.conformance.service_proxy.World`. A context manager; needs root."""
 
     def __init__(self, datapath: str) -> None:
-        self._make_part = importlib.import_module(f"podwire.datapath.{datapath}.services")
+        room, _, flavour = datapath.partition("-")  # iptables, or iptables-legacy
+        self._make_part = importlib.import_module(f"podwire.datapath.{room}.services")
+        self._options = {"flavour": flavour} if flavour else {}
         self._close = contextlib.ExitStack()
         self._part: Part[ServiceTable] | None = None
         self._table: ServiceTable | None = None
@@ -197,7 +199,7 @@ class Net:
             self._configured.append(f"route add {cluster.pod_cidr} dev {POD_SIDE}")
         self._ip(*self._configured)
         self._size = 4 if family == "IPv4" else 16
-        self._part = self._make_part.ServicesPart(cluster.config, self.node)
+        self._part = self._make_part.ServicesPart(cluster.config, self.node, **self._options)
         for requirement in self._part.requirements:
             sysctl.write({requirement.sysctl: requirement.value}, self.node)
         self._part.start()

@@ -10,7 +10,7 @@ FOLDER = SHARED_CASES / "service-proxy"
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the cases are not at {FOLDER}")
-@pytest.mark.parametrize("datapath", ["evaluator", "nftables"])
+@pytest.mark.parametrize("datapath", ["evaluator", "nftables", "iptables-nft", "iptables-legacy"])
 def test_every_given_case(datapath: str) -> None:
     results = list(service_proxy.run(FOLDER, datapath))
     assert results

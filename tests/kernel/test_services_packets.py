@@ -31,9 +31,9 @@ CASE: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def net() -> Iterator[Net]:
-    with Net("nftables") as net:
+@pytest.fixture(scope="module", params=["nftables", "iptables-nft", "iptables-legacy"])
+def net(request: pytest.FixtureRequest) -> Iterator[Net]:
+    with Net(request.param) as net:
         yield net
 
 
@@ -152,7 +152,7 @@ def random_probe(rng: random.Random, family: str) -> Probe:
 @pytest.mark.parametrize("family", ["IPv4", "IPv6"])
 @given(seed=st.integers(0, 1 << 32))
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_packets_and_evaluator_agree(net: Net, family: str, seed: int) -> None:
     rng = random.Random(seed)
