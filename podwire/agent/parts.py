@@ -24,9 +24,11 @@ from podwire.cni.plan import NodeConfig
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.datapath import Part, Requirement
 from podwire.datapath.ebpf.nodes import NodesPart as EbpfNodesPart
+from podwire.datapath.ebpf.policy import PolicyPart as EbpfPolicyPart
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart as EbpfServicesPart
 from podwire.datapath.nftables.nodes import NodesPart
+from podwire.datapath.nftables.policy import PolicyPart
 from podwire.datapath.nftables.services import ServicesPart
 from podwire.datapath.nftables.vpc import VpcPart
 from podwire.errors import Unsupported
@@ -224,7 +226,13 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
 
 def _add_policy(built: Built, options: Options) -> tuple[PolicyCompiler, Sync[PolicyTable]]:
     compiler = PolicyCompiler(options.node_name)
-    sync: Sync[PolicyTable] = Sync("policy", POLICY_KINDS, compiler.update, None)
+    path: PolicyPart | EbpfPolicyPart
+    if built.programs is not None:
+        path = EbpfPolicyPart(programs=built.programs)
+    else:
+        path = PolicyPart(bridge=BRIDGE if options.wiring == "bridge" else None)
+    sync: Sync[PolicyTable] = Sync("policy", POLICY_KINDS, compiler.update, path)
+    built.requirements += path.requirements
     built.syncs.append(sync)
     return compiler, sync
 
@@ -287,4 +295,5 @@ def all_paths(options: Options) -> Iterator[tuple[str, Part[Any]]]:
     yield "routes", NodeRoutes()
     yield "masquerade", NodesPart()
     yield "services", ServicesPart(ProxyConfig())
+    yield "policy", PolicyPart(bridge=BRIDGE)
     yield "vpc", VpcPart()
