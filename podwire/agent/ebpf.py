@@ -25,8 +25,18 @@ def unavailable() -> str:
 
 
 def make_programs(options: Options) -> Programs:
-    """The node's programs, pinned under its name; sockets of the whole node get Services."""
-    return Programs(options.node_name, cgroup=features.has_cgroup2())
+    """The node's programs, pinned under its name; sockets of the whole node get Services.
+
+    All parts are switched on at once: an agent that starts over a running one would else replace
+    its programs by some that do not judge yet.
+    """
+    programs = Programs(options.node_name, cgroup=features.has_cgroup2())
+    words = {"services": "services", "policy": "policy", "cni": "pods"}
+    wanted = [word for part, word in words.items() if part in options.parts]
+    if options.masquerade and "nodes" in options.parts:
+        wanted.append("masquerade")
+    programs.enable(*wanted)
+    return programs
 
 
 class EbpfGate:

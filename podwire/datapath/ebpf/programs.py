@@ -123,23 +123,25 @@ class Programs:
     def features(self) -> frozenset[str]:
         return frozenset(self._features)
 
-    def enable(self, feature: str) -> None:
-        """Switch a part on: ``services``, ``policy``, ``pods`` or ``masquerade``.
+    def enable(self, *wanted: str) -> None:
+        """Switch parts on: ``services``, ``policy``, ``pods`` or ``masquerade``.
 
-        What is loaded already is loaded anew with it and replaced. Raises Unsupported, naming
-        what the kernel lacks; KernelError.
+        What is loaded already is loaded anew with them and replaced. Whoever needs several names
+        them together: programs that judge are then never replaced by programs that do not.
+        Raises Unsupported, naming what the kernel lacks; KernelError.
         """
-        if feature in self._features:
+        new = set(wanted) - self._features
+        if not new:
             return
         lacking = features.missing()
         if lacking:
             raise Unsupported(f"the eBPF data path needs {lacking[0]}")
         with self.lock:
-            self._features.add(feature)
+            self._features |= new
             try:
                 self._load()
             except BaseException:
-                self._features.discard(feature)
+                self._features -= new
                 raise
             self.sync_links()
         self._housekeeping.start()
