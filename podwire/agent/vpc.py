@@ -37,7 +37,7 @@ from podwire.wiring.routed import RoutedWiring
 
 log = logging.getLogger("podwire.agent.vpc")
 
-KEEP_EVERY_S = 30.0
+KEEP_EVERY_S = 10.0
 _OPTIMISTIC_MTU = 9001
 _EVICTING = "ToBeDeletedByClusterAutoscaler"
 
