@@ -246,13 +246,17 @@ class DataStore(Generic[OwnerT]):
             for cidr in eni.cidrs:
                 if cidr in eni.unseen:
                     continue
+                if cidr.length == 32 and len(cidr.address) == 4:  # the many: one look each
+                    total += 1
+                    assigned += cidr.address in self.owners
+                    cooling += cidr.address in self.cooling
+                    continue
                 used, resting = self._usage(cidr)
                 assigned += used
                 cooling += resting
                 total += 0 if cidr.bits == 128 else 1 << (32 - cidr.length)
-                if cidr.length < cidr.bits:
-                    prefixes += 1
-                    free_prefixes += not used and not resting
+                prefixes += 1
+                free_prefixes += not used and not resting
         return PoolStats(total, assigned, cooling, waiting, prefixes, free_prefixes)
 
     def view(self, eni: Eni, slots: int) -> EniView:

@@ -28,7 +28,7 @@ from podwire.ipam.vpc.retry import Backoff, retried
 from podwire.ipam.vpc.settings import Settings
 from podwire.ipam.vpc.steps import Context, Steps
 from podwire.ipam.vpc.subnets import Subnets
-from podwire.ipam.vpc.sweeper import sweep_leaked, sweep_own
+from podwire.ipam.vpc.sweeper import sweep
 from podwire.ipam.vpc.tags import unmanaged
 from podwire.net import Prefix
 
@@ -97,7 +97,7 @@ class Manager(Generic[OwnerT]):
         self._backoff = Backoff(self._random)
         self._paused_until = 0.0
         self._short_since: float | None = None
-        self._shrink_at = self._compare_at = self._sweep_at = self._sweep_all_at = 0.0
+        self._shrink_at = self._compare_at = self._sweep_at = 0.0
         self._must_ask_ec2 = False
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -142,18 +142,19 @@ class Manager(Generic[OwnerT]):
         )
         now = self._clock()
         self._compare_at = now + COMPARE_EVERY_S
+        shown = await retried(self._metadata.enis, Backoff(self._random), PATIENCE)
+        records = [self._from_metadata(eni) for eni in shown]
         try:
             await retried(self.subnets.refresh, Backoff(self._random), tries=3)
-            records = await self._cloud.attached_enis(self.instance.id)
+            if len(shown) > 1:  # of the primary ENI alone EC2 knows nothing that matters
+                records = await self._cloud.attached_enis(self.instance.id)
         except CloudError as error:
             self._note(error)
-            records = [self._from_metadata(eni) for eni in await self._metadata.enis()]
             self.look_at_ec2_soon()
         for record in sorted(records, key=lambda record: record.device_index or 0):
             await self.steps.adopt(record)
         self._shrink_at = now + SHRINK_EVERY_S
-        self._sweep_at = now + LOOK_AGAIN_S
-        self._sweep_all_at = now + self._random.uniform(LOOK_AGAIN_S, 300)
+        self._sweep_at = now + self._random.uniform(LOOK_AGAIN_S, 300)
         self._tasks["loop"] = asyncio.create_task(self._run())
 
     async def close(self) -> None:
@@ -303,6 +304,8 @@ class Manager(Generic[OwnerT]):
             return later
         if now < self._paused_until:
             return self._paused_until
+        if stats.waiting and stats.spare >= 0:
+            return later  # what they wait for is on its way; what is kept warm comes after them
         if self._short_since is None:
             self._short_since = now
         gather = GATHER_S if stats.spare < 0 else REFILL_S if stats.demand else 0.0
@@ -381,7 +384,7 @@ class Manager(Generic[OwnerT]):
             self._background("compare", self._compare)
         if now >= self._sweep_at or self.steps.orphans_likely:
             self.steps.orphans_likely = False
-            self._sweep_at = self._sweep_all_at if now < self._sweep_all_at else now + SWEEP_EVERY_S
+            self._sweep_at = now + SWEEP_EVERY_S + self._random.uniform(0, 300)
             self._background("sweep", self._sweep)
         due = [self._compare_at, self._sweep_at]
         if self._waiters or now < self._paused_until:
@@ -469,13 +472,11 @@ class Manager(Generic[OwnerT]):
     async def _sweep(self) -> None:
         if self.settings.disable_leaked_eni_cleanup:
             return
-        if await sweep_own(self._cloud, self.instance.id, self.steps.own, self._wall):
+        again = await sweep(
+            self._cloud, self.settings, self.instance, busy=self.steps.own, now=self._wall()
+        )
+        if again:
             self._sweep_at = min(self._sweep_at, self._clock() + SETTLED_S)
-        if self._clock() >= self._sweep_all_at:
-            self._sweep_all_at = self._clock() + SWEEP_EVERY_S + self._random.uniform(0, 300)
-            vpc_id, own = self.instance.vpc_id, self.steps.own
-            await sweep_leaked(self._cloud, self.settings, vpc_id, own, self._wall)
-            await self.subnets.refresh()
 
     def _tie(self, now: float) -> float:
         """Tie ENIs that stay to the instance, so that they end with it. Returns when next.

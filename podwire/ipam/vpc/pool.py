@@ -84,7 +84,9 @@ def need(stats: PoolStats, settings: Settings, limits: InstanceLimits, max_pods:
         free = PREFIX_ADDRESSES * (settings.warm_prefix_target or 0)
         return Need(_prefixes(min(_missing(stats, free), room)))
     free = limits.slots_per_eni * settings.warm_eni_target
-    return Need(min(_missing(stats, free), room), whole_enis=True)
+    # An ENI that is only kept warm is made when everybody is served.
+    missing = -stats.spare if stats.spare < 0 else _missing(stats, free)
+    return Need(min(missing, room), whole_enis=True)
 
 
 def surplus(stats: PoolStats, settings: Settings) -> int:

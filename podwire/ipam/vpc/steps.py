@@ -203,6 +203,7 @@ class Steps(Generic[OwnerT]):
     async def _create(self, flight: Flight) -> None:
         c = self._c
         prefixes = c.settings.prefix_delegation and not flight.singles
+        await c.subnets.refresh_if_old()
         subnet = c.subnets.choose(prefixes)
         flight.units = min(flight.units, c.subnets.left(subnet, prefixes) - 1)
         if flight.units < 1:

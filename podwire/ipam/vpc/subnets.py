@@ -12,6 +12,7 @@ from podwire.net import Prefix
 ROLE_TAG = "kubernetes.io/role/cni"  # 1: for pods, 0: not for pods
 CLUSTER_TAG = "cni.networking.k8s.aws/cluster/"
 EXHAUSTED_S = 120.0  # EC2 is not asked again for that long
+REFRESH_S = 3600.0
 RESERVED = 5  # addresses EC2 keeps of every subnet
 
 
@@ -40,10 +41,17 @@ class Subnets:
         self._clock = clock
         self._known: dict[str, CloudSubnet] = {}
         self._short: dict[str, _Shortage] = {}
+        self._asked_at = 0.0
         self._custom = custom
+
+    async def refresh_if_old(self) -> None:
+        """Ask EC2 when the last answer is an hour old: subnets are tagged and fill up."""
+        if self._clock() >= self._asked_at + REFRESH_S:
+            await self.refresh()
 
     async def refresh(self) -> None:
         """Ask EC2. Raises CloudError."""
+        self._asked_at = self._clock()
         found = await self._cloud.subnets(self._instance.vpc_id, self._instance.zone)
         self._known = {subnet.id: subnet for subnet in found}
 

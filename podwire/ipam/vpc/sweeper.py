@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
-from podwire.ipam.vpc.cloud import Cloud, CloudEni, CloudError
+from podwire.ipam.vpc.cloud import Cloud, CloudEni, CloudError, Instance
 from podwire.ipam.vpc.settings import Settings
 from podwire.ipam.vpc.tags import (
     CLUSTER_TAG,
@@ -22,36 +22,28 @@ OWN_AGE_S = 60.0  # younger ones may belong to a request under way
 LEAKED_AGE_S = 300.0  # another node may be about to attach it
 
 
-async def sweep_own(
-    cloud: Cloud, instance_id: str, busy: Collection[str], wall: Callable[[], float]
+async def sweep(
+    cloud: Cloud, settings: Settings, instance: Instance, busy: Collection[str], now: float
 ) -> bool:
-    """Delete ENIs that this instance made and never attached.
+    """Delete ENIs of this cluster's nodes that are attached to nothing.
 
-    Returns whether some are too young to judge. Raises CloudError when EC2 does not list them.
+    Returns whether one of this instance's own is too young to judge: look again in a minute. An
+    ENI without a creation time gets one, and is judged by it the next time. `now` is in seconds
+    since 1970. Raises CloudError when EC2 does not list them.
     """
-    found = await cloud.find_enis({f"tag:{INSTANCE_TAG}": instance_id, "status": "available"})
-    again = False
-    for eni in found:
-        if eni.id in busy:
-            again = True
-        else:
-            again |= not await _delete_if_old(cloud, eni, OWN_AGE_S, wall())
-    return again
-
-
-async def sweep_leaked(
-    cloud: Cloud, settings: Settings, vpc_id: str, busy: Collection[str], wall: Callable[[], float]
-) -> None:
-    """Delete what dead nodes of this cluster left behind. Raises CloudError.
-
-    An ENI without a creation time gets one, and is judged by it the next time.
-    """
-    filters = {"tag-key": INSTANCE_TAG, "status": "available", "vpc-id": vpc_id}
+    filters = {"tag-key": INSTANCE_TAG, "status": "available", "vpc-id": instance.vpc_id}
     if settings.cluster_name:
         filters[f"tag:{CLUSTER_TAG}"] = settings.cluster_name
+    again = False
     for eni in await cloud.find_enis(filters):
-        if eni.id not in busy and eni.description.startswith(DESCRIPTION_PREFIX):
-            await _delete_if_old(cloud, eni, LEAKED_AGE_S, wall())
+        if not eni.description.startswith(DESCRIPTION_PREFIX):
+            continue
+        own = eni.tags.get(INSTANCE_TAG) == instance.id
+        if eni.id in busy:
+            again = True
+        elif not await _delete_if_old(cloud, eni, OWN_AGE_S if own else LEAKED_AGE_S, now):
+            again |= own
+    return again
 
 
 async def _delete_if_old(cloud: Cloud, eni: CloudEni, age_s: float, now: float) -> bool:

@@ -30,6 +30,7 @@ class Metadata:
     def __init__(self, model: Model, instance_id: str) -> None:
         self.delay_s = 0.0
         self._model, self._instance_id = model, instance_id
+        self._shown: tuple[list[Snapshot], dict[str, str]] = ([], {})
         self._history: list[tuple[float, list[Snapshot]]] = [(-1.0, self._take())]
         model.listeners.append(self._remember)
 
@@ -45,8 +46,15 @@ class Metadata:
 
     def tree(self) -> dict[str, str]:
         """Every leaf by its path."""
-        instance = self._model.instances[self._instance_id]
         enis = self._seen()
+        shown, tree = self._shown
+        if len(shown) == len(enis) and all(a is b for a, b in zip(shown, enis, strict=True)):
+            return tree
+        self._shown = enis, self._grow(enis)
+        return self._shown[1]
+
+    def _grow(self, enis: list[Snapshot]) -> dict[str, str]:
+        instance = self._model.instances[self._instance_id]
         primary = next(one for one in enis if one.facts["device-number"] == "0")
         meta = {
             "instance-id": instance.id,

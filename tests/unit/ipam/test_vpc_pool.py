@@ -215,7 +215,14 @@ def test_waiting_pods_are_demand_also_without_a_warm_target() -> None:
 def test_a_burst_is_one_request() -> None:
     stats = PoolStats(total=5, assigned=5, waiting=25)
     assert need(stats, ip_targets(5, None), limits_of("m5.4xlarge"), 234) == Need(30)
-    assert need(stats, WARM_ENI, limits_of("m5.xlarge"), 58) == Need(39, whole_enis=True)
+    assert need(stats, WARM_ENI, limits_of("m5.xlarge"), 58) == Need(25, whole_enis=True)
+
+
+def test_an_eni_that_is_only_kept_warm_comes_after_those_who_wait() -> None:
+    limits = limits_of("m5.xlarge")
+    assert need(PoolStats(waiting=14), WARM_ENI, limits, 58) == Need(14, whole_enis=True)
+    served = PoolStats(total=14, assigned=14)
+    assert need(served, WARM_ENI, limits, 58) == Need(14, whole_enis=True)
 
 
 def test_the_pool_stops_at_the_nodes_most_pods_but_serves_who_waits() -> None:
@@ -227,9 +234,11 @@ def test_the_pool_stops_at_the_nodes_most_pods_but_serves_who_waits() -> None:
 
 def test_asking_again_while_requests_are_in_flight_asks_for_nothing() -> None:
     limits = limits_of("m5.xlarge")
-    for settings in (WARM_ENI, PREFIXES, ip_targets(5, None), ip_targets(2, 9, True)):
+    zero_warm = Settings(warm_eni_target=0)
+    for settings in (zero_warm, PREFIXES, ip_targets(5, None), ip_targets(2, 9, True)):
         stats = PoolStats(assigned=0, waiting=17)
         units = need(stats, settings, limits, 58).units
+        units += 25 if settings is zero_warm else 0  # whole ENIs
         size = 16 if settings.prefix_delegation else 1
         again = replace(stats, total=units * size, prefixes=units)
         assert need(again, settings, limits, 58).units == 0
