@@ -67,6 +67,8 @@ class Resolution:
 
 def resolve(table: ServiceTable, packet: Packet) -> Resolution:
     """See `ServiceTable.resolve`."""
+    if packet.interface and (is_loopback(packet.destination) or is_loopback(packet.source)):
+        return Resolution("drop", "only the node itself may use its loopback addresses")
     found = _find(table, packet)
     if found is None:
         return _unclaimed(table, packet)

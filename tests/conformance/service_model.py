@@ -60,7 +60,8 @@ class Model:
         return self._connections[label][1]
 
     def proceed(self, label: str) -> Seen:
-        return self._connections[label][1]
+        probe, seen = self._connections[label]
+        return seen if seen.verdict == "dnat" else self.open(label, probe)
 
     def reply(self, label: str) -> tuple[tuple[str, int], tuple[str, int]]:
         probe = self._connections[label][0]

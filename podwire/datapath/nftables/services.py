@@ -94,8 +94,7 @@ class ServicesPart:
                 return []
             repairs = self._apply_all(self._table)
             for family in self._families.values():
-                family.remove_unused_rules()
-            self._generation = self._nft.generation()
+                self._generation += family.remove_unused_rules()
             return repairs
 
     def cleanup(self) -> None:
@@ -122,10 +121,12 @@ class ServicesPart:
         """Read back what the kernel holds and change the difference; what of it was amiss."""
         transaction = Transaction()
         repairs: list[str] = []
-        for number, family in self._families.items():
+        for family in self._families.values():
             if not family.intact():
                 family.make()
                 repairs.append(f"made the rules of {family} again")
+        self._generation = self._nft.generation()
+        for number, family in self._families.items():
             ports = [port for name, port in table.ports.items() if name.family == number]
             repairs += family.plan_all(transaction, ports, table.settings)
         self._finish(transaction, table)

@@ -126,12 +126,17 @@ class FamilyTable:
         self._rules.update(missing)
         return 1
 
-    def remove_unused_rules(self) -> None:
-        """Take away the chains for numbers of backends that nobody has any more, if many."""
+    def remove_unused_rules(self) -> int:
+        """Take away the chains for numbers of backends that nobody has any more, if many.
+
+        Returns how many commits that took.
+        """
         unused = sorted(self._rules - self._needed.union(ready_made()))
-        if len(unused) > _UNUSED_RULES:
-            self._fixed.extend(removal_script(self._family, unused))
-            self._rules.difference_update(unused)
+        if len(unused) <= _UNUSED_RULES:
+            return 0
+        self._fixed.extend(removal_script(self._family, unused))
+        self._rules.difference_update(unused)
+        return 1
 
     def intact(self) -> bool:
         """Whether the rules are as they were made."""
@@ -179,7 +184,7 @@ class FamilyTable:
     def plan_all(
         self, transaction: Transaction, ports: Iterable[ServicePort], settings: Settings
     ) -> list[str]:
-        """The difference between the kernel and all of `ports`; one line for each set of it."""
+        """The difference between the kernel and all of `ports`; a line for each set with one."""
         plan = self._plan = _Plan(ranges=_ranges(settings, self._family))
         held = self._read()
         ports = list(ports)
@@ -269,6 +274,9 @@ class FamilyTable:
         left: dict[bytes, Data] = {}
         if late and name in LATE:
             left = plan.waiting[name] = dict(self._waiting.get(name, {}))
+        if not before and not left:  # a cold start
+            plan.adds[name] = [to_element(name, key, data) for key, data in after.items()]
+            return
         for key, data in after.items():
             there = before.get(key, _MISSING)
             if there is _MISSING:
@@ -332,6 +340,10 @@ def _intervals(ranges: Ranges) -> list[Element]:
 def _difference_text(
     where: FamilyTable, name: str, there: Mapping[bytes, Data], wanted: Mapping[bytes, Data]
 ) -> list[str]:
+    if not there:
+        return [f"restored all of {where} {name}"] if wanted else []
+    if there == wanted:
+        return []
     foreign = len(there.keys() - wanted.keys())
     lost = sum(there.get(key, _MISSING) != data for key, data in wanted.items())
     out = [f"restored {lost} elements of {where} {name}"] if lost else []
