@@ -34,6 +34,12 @@ ROOTS = (TREE, *(f"{CHAIN}NP-{protocol}" for protocol in PROTOCOLS.values()))
 """Chains that are there even when nothing is in them."""
 
 _IP_PORT = "hash:ip,port"
+# Of the set types only those with an address know SCTP; two halves are any address.
+_ANY_PORT = "hash:net,port"
+ANYWHERE: Mapping[Family, tuple[str, str]] = {
+    4: ("0.0.0.0/1", "128.0.0.0/1"),
+    6: ("::/1", "8000::/1"),
+}
 # In the order in which elements are added; they are deleted in reverse.
 _SETS: Mapping[str, str] = {
     "pods": "hash:net",
@@ -43,8 +49,8 @@ _SETS: Mapping[str, str] = {
     "ranged": _IP_PORT,
     "rejected": _IP_PORT,
     "dropped": _IP_PORT,
-    **{f"np-rejected-{protocol}": "bitmap:port" for protocol in PROTOCOLS.values()},
-    **{f"np-dropped-{protocol}": "bitmap:port" for protocol in PROTOCOLS.values()},
+    "np-rejected": _ANY_PORT,
+    "np-dropped": _ANY_PORT,
     "hairpin": "hash:ip,port,ip",
     "cluster-ports": _IP_PORT,
     "frontends": _IP_PORT,
@@ -70,7 +76,7 @@ def fixed_sets(family: Family) -> dict[str, IpSet]:
     out: dict[str, IpSet] = {}
     for short, kind in _SETS.items():
         name = set_name(family, short)
-        out[name] = IpSet(name, kind, 0 if kind == "bitmap:port" else family)
+        out[name] = IpSet(name, kind, family)
     return out
 
 
@@ -136,8 +142,8 @@ def fixed_chains(family: Family, config: ProxyConfig) -> dict[ChainKey, Rules]:
             f"{match('service-cidrs', 'dst')} -g {CHAIN}DISCARD",
         ],
         ("filter", "CHECK-NP"): [
-            *(f"-p {p} {match(f'np-rejected-{p}', 'dst')} -g {CHAIN}REFUSE" for p in protocols),
-            *(f"-p {p} {match(f'np-dropped-{p}', 'dst')} -g {CHAIN}DISCARD" for p in protocols),
+            f"{match('np-rejected')} -g {CHAIN}REFUSE",
+            f"{match('np-dropped')} -g {CHAIN}DISCARD",
         ],
         ("filter", "REFUSE"): [f"-j REJECT --reject-with {unreachable}"],
         ("filter", "DISCARD"): ["-j DROP"],

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from podwire.datapath.iptables.services_rules import (
+    ANYWHERE,
     CHAIN,
     MASQUERADE,
     PROTOCOLS,
@@ -99,7 +100,8 @@ class _Writer:
         if frontend.address:
             self._put(how, self._key(frontend))
         else:
-            self._put(f"np-{how}-{self._protocol}", str(frontend.port))
+            for half in ANYWHERE[self._family]:
+                self._put(f"np-{how}", f"{half},{self._protocol}:{frontend.port}")
 
     def _treatment(self, kind: FrontendKind) -> str:
         """The chain that this kind of frontend leads to; empty: none."""
