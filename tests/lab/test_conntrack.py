@@ -326,7 +326,9 @@ def agrees_with_the_tools(lab: Lab, fd: int) -> None:
 
 def alert_fires(fd: int) -> bool:
     """The expression of the alert PodwireConntrackNearlyFull, on what Prometheus would scrape."""
-    metrics = ask(fd, "127.0.0.1", 10249, path="/metrics").body.decode()
+    answer = ask(fd, "127.0.0.1", 10249, path="/metrics", timeout_s=10)
+    assert answer.outcome == "ok"
+    metrics = answer.body.decode()
     values = dict(re.findall(r"^(node_nf_conntrack_entries\w*) (\S+)$", metrics, re.MULTILINE))
     used, limit = (float(values[f"node_nf_conntrack_entries{s}"]) for s in ("", "_limit"))
     return used / limit > 0.8

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from podwire.errors import KernelError
 from podwire.kernel import netlink, netns, sysctl
 from podwire.kernel.ctnetlink import filters
+from podwire.kernel.ctnetlink.ahead import read_ahead
 from podwire.kernel.ctnetlink.counting import FlowKey, count_flows
 from podwire.kernel.ctnetlink.entries import (
     NFGENMSG,
@@ -137,7 +138,7 @@ class Table:
 
     def flow_counts(self, filter_: Filter = EVERYTHING) -> Iterator[dict[FlowKey, int]]:
         """Entries by FlowKey, in portions; the filter only as far as the kernel filters."""
-        return count_flows(self.datagrams(filter_))
+        return count_flows(read_ahead(self.datagrams(filter_)))
 
     def count(self, filter_: Filter) -> int:
         """How many entries fit; quick where the kernel filters so."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import threading
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from podwire.kernel import kmsg
 from podwire.kernel.ctnetlink import Entry, Status, TcpState, Tuple
+from podwire.kernel.ctnetlink.ahead import read_ahead
 from podwire.kernel.ctnetlink.counting import count_flows, flow_key
 from podwire.kernel.ctnetlink.entries import create_request, delete_request, parse
 from podwire.kernel.ctnetlink.table import entries_of, sum_proc_statistics
@@ -94,6 +97,22 @@ def test_a_kernels_message_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("podwire.kernel.ctnetlink.counting.parse", lambda body: None)
     (counted,) = count_flows([message(KERNEL_TCP) * 3])
     assert counted == {flow_key(expected): 3}
+
+
+def test_reading_ahead_changes_nothing_and_leaves_no_thread() -> None:
+    pieces = [bytes([n]) for n in range(100)]
+    assert list(read_ahead(iter(pieces))) == pieces
+    early = read_ahead(iter(pieces))
+    assert next(early) == pieces[0]
+    early.close()
+
+    def broken() -> Iterator[bytes]:
+        yield b"first"
+        raise OSError("cut")
+
+    with pytest.raises(OSError, match="cut"):
+        list(read_ahead(broken()))
+    assert not [t for t in threading.enumerate() if t.name == "conntrack-dump"]
 
 
 @pytest.mark.parametrize(
