@@ -18,7 +18,16 @@ def _nftables(netns_fd: int, bridge: str | None) -> Part[PolicyTable]:
     return PolicyPart(netns_fd, bridge)
 
 
-DATAPATHS: dict[str, Callable[[int, str | None], Part[PolicyTable]]] = {"nftables": _nftables}
+def _ebpf(netns_fd: int, bridge: str | None) -> Part[PolicyTable]:
+    from podwire.datapath.ebpf.policy import PolicyPart
+
+    return PolicyPart(netns_fd)
+
+
+DATAPATHS: dict[str, Callable[[int, str | None], Part[PolicyTable]]] = {
+    "nftables": _nftables,
+    "ebpf": _ebpf,
+}
 
 
 class Lab:
@@ -32,7 +41,9 @@ class Lab:
 
     def _leaving(self, fd: int) -> None:
         self.prober.forget(fd)
-        self.parts.pop(fd, None)
+        part = self.parts.pop(fd, None)
+        if part is not None:
+            part.cleanup()
 
     def part(self, node: str) -> Part[PolicyTable]:
         """The node's data path."""
@@ -43,6 +54,8 @@ class Lab:
         return self.parts[place.fd]
 
     def close(self) -> None:
+        for fd in list(self.parts):
+            self._leaving(fd)
         self.fabric.close()
         self.prober.close()
 

@@ -164,3 +164,23 @@ def test_parts_join_one_after_the_other(world):
     assert talk.socket.recv(1) == b"?"
     talk.socket.close()
     programs.close()
+
+
+def test_pins_of_a_node_that_is_gone_are_not_taken_over(world):
+    with World() as other:
+        programs = Programs(world.name, other.spaces["node"])
+        services = ServicesPart(programs=programs)
+        services.start()
+        services.apply(make_table(ports()))
+        other.serve("pod1", POD[1][4], 80)
+        other.ask("pod2", VIP[4], 80)
+        assert list(programs.connections.items())
+        programs.close()
+    deadline = time.monotonic() + 20
+    programs = Programs(world.name, world.spaces["node"])
+    services = ServicesPart(programs=programs)
+    while not programs.is_abandoned() and time.monotonic() < deadline:
+        time.sleep(0.05)  # the kernel takes namespaces down in the background
+    services.start()
+    assert not list(programs.connections.items())
+    programs.close()

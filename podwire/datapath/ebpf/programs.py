@@ -253,6 +253,8 @@ class Programs:
             self.connections.maintain()
 
     def _load(self) -> None:
+        if not self._objects and self.is_abandoned():
+            pins.remove(self.folder)
         self._check_layout()
         loaded: dict[str, LoadedObject] = {}
         for path in sorted(OBJECTS.glob("*.bpf.o")):
@@ -320,6 +322,15 @@ class Programs:
                 f"{self.folder} holds maps of layout {version}, this podwire uses {VERSION}: run "
                 "`podwire agent --cleanup` first, which ends connections through Services"
             )
+
+    def is_abandoned(self) -> bool:
+        """Whether the pins are those of a namespace that is gone: even its lo has no link left."""
+        found = [pins.open_link(path) for path in (self.folder / "links").glob("*-egress")]
+        alive = any(link.info.target for link in found if link is not None)
+        for link in found:
+            if link is not None:
+                link.close()
+        return bool(found) and not alive
 
     def _adopt_links(self) -> None:
         folder = pins.directory(self.node, "links")
