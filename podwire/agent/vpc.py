@@ -15,7 +15,8 @@ from podwire.agent.logs import event
 from podwire.agent.options import Options
 from podwire.agent.watch import Watcher
 from podwire.cni.assembly import boot_time, restored_pool
-from podwire.datapath.nftables.vpc import VpcPart
+from podwire.datapath.iptables import vpc as iptables
+from podwire.datapath.nftables import vpc as nftables
 from podwire.datapath.vpc import VpcTable
 from podwire.errors import KernelError, PodwireError
 from podwire.ipam.state import State
@@ -78,7 +79,7 @@ class VpcMode:
             metrics=metrics,
         )
         self.wiring = VpcWiring(self)
-        self._part = VpcPart()
+        self._part = iptables.VpcPart() if options.datapath == "iptables" else nftables.VpcPart()
         self._uplink: link.Link | None = None
         self._store = Store()
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from podwire.net import Address, Prefix
+from podwire.datapath import Requirement
+from podwire.net import Address, Prefix, parse_prefix
+
+MULTICAST = parse_prefix("224.0.0.0/4")  # never leaves by routing, and must keep its source
 
 
 @dataclass(frozen=True)
@@ -23,3 +26,12 @@ class VpcTable:
     random_ports: str = "prng"  # prng: fully random, hashrandom: random, none
     mark: int = 0x80
     pod_links: str = "eni"  # how the host ends of pods' links begin
+
+
+def needs(uplink: str) -> tuple[Requirement, ...]:
+    """What the rules need of the machine; `uplink` is "" while it is not known."""
+    found = [Requirement("net.ipv4.ip_forward", "1", "pods are behind this node")]
+    if uplink:
+        why = "answers of pods on other ENIs to what came in on the primary one leave by it"
+        found.append(Requirement(f"net.ipv4.conf.{uplink}.rp_filter", "2", why))
+    return tuple(found)

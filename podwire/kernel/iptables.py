@@ -53,10 +53,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Hook(NamedTuple):
-    """A rule of ours in a chain that belongs to everybody: it stands first."""
+    """A rule of ours in a chain that belongs to everybody: it stands first, or is `last`."""
 
     chain: str
     rule: str
+    last: bool = False
 
 
 class TableChange(NamedTuple):
@@ -247,7 +248,10 @@ def _script(table: str, change: TableChange) -> str:
     out += [f":{chain} - [0:0]" for chain in (*change.write, *removed)]
     out += [f"-D {hook.chain} {hook.rule}" for hook in change.unhook]
     out += [f"-A {chain} {rule}" for chain, rules in change.write.items() for rule in rules]
-    out += [f"-I {hook.chain} 1 {hook.rule}" for hook in change.hooks]
+    out += [
+        f"-A {hook.chain} {hook.rule}" if hook.last else f"-I {hook.chain} 1 {hook.rule}"
+        for hook in change.hooks
+    ]
     out += [f"-X {chain}" for chain in removed]
     return "\n".join([*out, "COMMIT", ""])
 

@@ -7,14 +7,18 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeAlias
 
 import pytest
 
+from podwire.datapath.iptables import vpc as ipt
 from podwire.datapath.nftables.vpc import TABLE, VpcPart
 from podwire.datapath.vpc import VpcTable
 from podwire.kernel import link, netns, sysctl
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import parse_address, parse_prefix
+
+Part: TypeAlias = VpcPart | ipt.VpcPart
 
 PRIMARY, SECONDARY, POD, WORLD = "10.0.0.11", "10.0.0.12", "10.0.0.77", "203.0.113.10"
 PORT = 8080
@@ -92,9 +96,17 @@ def node(make_netns: Callable[[], int]) -> Node:
     return Node(make_netns)
 
 
-@pytest.fixture
-def part(node: Node) -> Iterator[VpcPart]:
-    part = VpcPart(node.node)
+def nftables(fd: int) -> Part:
+    return VpcPart(fd)
+
+
+def iptables_nft(fd: int) -> Part:
+    return ipt.VpcPart(fd, "nft")
+
+
+@pytest.fixture(params=[nftables, iptables_nft])
+def part(node: Node, request: pytest.FixtureRequest) -> Iterator[Part]:
+    part: Part = request.param(node.node)
     part.start()
     yield part
     part.cleanup()
@@ -133,7 +145,7 @@ def reach(source: int, target: int, address: str, listen_on: str = "") -> str:
 
 
 def nft(fd: int, script: str) -> str:
-    done = netns.run(fd, ["nft", "-f", "-"], stdin=script)
+    done = netns.run(fd, ["nft", "-f", "-"], stdin=script + "\n")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -142,7 +154,7 @@ def listed(fd: int) -> str:
     return netns.run(fd, ["nft", "list", "table", "ip", TABLE]).stdout
 
 
-def test_pods_leave_the_vpc_as_the_primary_address(node: Node, part: VpcPart) -> None:
+def test_pods_leave_the_vpc_as_the_primary_address(node: Node, part: Part) -> None:
     assert reach(node.pod, node.world, WORLD) == POD  # by its own ENI, as a stranger would see it
     part.apply(TABLE_OF_NODE)
     assert reach(node.pod, node.world, WORLD) == PRIMARY
@@ -150,70 +162,70 @@ def test_pods_leave_the_vpc_as_the_primary_address(node: Node, part: VpcPart) ->
     assert reach(node.node, node.world, WORLD) == PRIMARY
 
 
+def test_iptables_legacy(node: Node) -> None:
+    part = ipt.VpcPart(node.node, "legacy")
+    try:
+        part.apply(TABLE_OF_NODE)
+        assert part.verify() == []
+        assert reach(node.pod, node.world, WORLD) == PRIMARY
+    finally:
+        part.cleanup()
+
+
 @pytest.mark.parametrize("ports", ["prng", "hashrandom", "none"])
-def test_every_way_of_choosing_ports(node: Node, part: VpcPart, ports: str) -> None:
+def test_every_way_of_choosing_ports(node: Node, part: Part, ports: str) -> None:
     part.apply(replace(TABLE_OF_NODE, random_ports=ports))
     assert reach(node.pod, node.world, WORLD) == PRIMARY
 
 
-def test_excluded_cidrs_see_the_pod(node: Node, part: VpcPart) -> None:
+def test_excluded_cidrs_see_the_pod(node: Node, part: Part) -> None:
     near = (*TABLE_OF_NODE.near, parse_prefix("203.0.113.0/24"), parse_prefix("203.0.113.8/29"))
     part.apply(replace(TABLE_OF_NODE, near=near))
     assert reach(node.pod, node.world, WORLD) == POD
 
 
-def test_external_snat_leaves_it_to_others(node: Node, part: VpcPart) -> None:
+def test_external_snat_leaves_it_to_others(node: Node, part: Part) -> None:
     part.apply(replace(TABLE_OF_NODE, snat=False))
     assert reach(node.pod, node.world, WORLD) == POD
 
 
-NODE_PORT = f"""
-table ip foreign {{
-  chain pre {{ type nat hook prerouting priority dstnat;
-    ip daddr {PRIMARY} tcp dport {PORT} dnat to {POD}
-  }}
-}}
-"""
+def translate(node: Node, part: Part, match: str, to: str) -> None:
+    """A Service by the tools of the same data path, as kube-proxy's: it comes before ours."""
+    if isinstance(part, VpcPart):
+        rule = f"ip daddr {match} dnat to {to}"
+        hook = "type nat hook prerouting priority dstnat;"
+        nft(node.node, f"table ip foreign {{\n chain pre {{\n {hook} {rule}\n }}\n}}")
+    else:
+        rule = f"-t nat -I PREROUTING -d {match} -j DNAT --to-destination {to}"
+        assert netns.run(node.node, [str(part._iptables), *rule.split()]).returncode == 0
 
 
-def test_a_node_port_answers_by_the_link_it_came_in_on(node: Node, part: VpcPart) -> None:
-    nft(node.node, NODE_PORT)
+def test_a_node_port_answers_by_the_link_it_came_in_on(node: Node, part: Part) -> None:
+    translate(node, part, PRIMARY, POD)
     assert reach(node.world, node.pod, PRIMARY, listen_on=POD) == ""  # the answer leaves by eth1
     for snat in (True, False):
         part.apply(replace(TABLE_OF_NODE, snat=snat))
         assert reach(node.world, node.pod, PRIMARY, listen_on=POD) == "10.0.0.1"
 
 
-def test_a_service_whose_backend_is_beyond_the_vpc(node: Node, part: VpcPart) -> None:
-    """Its DNAT took effect already: a chain of type nat would not be called any more."""
-    nft(
-        node.node,
-        f"""table ip foreign {{
-          chain pre {{ type nat hook prerouting priority dstnat;
-            ip daddr 10.96.0.1 dnat to {WORLD}
-          }}
-        }}""",
-    )
+@pytest.mark.parametrize("part", [nftables], indirect=True)
+def test_a_service_whose_backend_is_beyond_the_vpc(node: Node, part: Part) -> None:
+    """Its DNAT took effect already: a chain of type nat would not be called any more.
+
+    iptables has no place for a rule that is.
+    """
+    translate(node, part, "10.96.0.1", WORLD)
     part.apply(TABLE_OF_NODE)
     assert reach(node.pod, node.world, "10.96.0.1", listen_on=WORLD) == PRIMARY
 
 
-def test_a_service_with_a_backend_in_the_vpc_keeps_the_pods_address(
-    node: Node, part: VpcPart
-) -> None:
-    nft(
-        node.node,
-        """table ip foreign {
-          chain pre { type nat hook prerouting priority dstnat;
-            ip daddr 10.96.0.1 dnat to 10.0.0.1
-          }
-        }""",
-    )
+def test_a_service_with_a_backend_in_the_vpc_keeps_the_pods_address(node: Node, part: Part) -> None:
+    translate(node, part, "10.96.0.1", "10.0.0.1")
     part.apply(TABLE_OF_NODE)
     assert reach(node.pod, node.world, "10.96.0.1", listen_on="10.0.0.1") == POD
 
 
-def test_bits_of_others_stay(node: Node, part: VpcPart) -> None:
+def test_bits_of_others_stay(node: Node, part: Part) -> None:
     """The restore of the AWS VPC CNI clears the marks of other programs (its issue 3872)."""
     nft(
         node.node,
@@ -245,7 +257,25 @@ def _counts(fd: int) -> list[int]:
     ]
 
 
-def test_a_wiped_or_changed_table_comes_back(node: Node, part: VpcPart) -> None:
+@pytest.mark.parametrize("part", [iptables_nft], indirect=True)
+def test_wiped_or_changed_chains_come_back(node: Node, part: Part) -> None:
+    assert isinstance(part, ipt.VpcPart)
+    part.apply(TABLE_OF_NODE)
+    tool = str(part._iptables)
+    for damage in (
+        f"{tool} -t nat -F {ipt.SNAT}",
+        f"{tool} -t nat -D POSTROUTING 1",
+        f"{tool} -t mangle -F",
+    ):
+        assert netns.run(node.node, damage.split()).returncode == 0
+        (said,) = part.verify()
+        assert ipt.SNAT in said
+        assert part.verify() == []
+    assert reach(node.pod, node.world, WORLD) == PRIMARY
+
+
+@pytest.mark.parametrize("part", [nftables], indirect=True)
+def test_a_wiped_or_changed_table_comes_back(node: Node, part: Part) -> None:
     part.apply(TABLE_OF_NODE)
     made = listed(node.node)
     assert part.verify() == []
@@ -261,14 +291,14 @@ def test_a_wiped_or_changed_table_comes_back(node: Node, part: VpcPart) -> None:
 
 
 def test_applying_the_same_again_asks_the_kernel_for_nothing(
-    node: Node, part: VpcPart, monkeypatch: pytest.MonkeyPatch
+    node: Node, part: Part, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part.apply(TABLE_OF_NODE)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a call"))
     part.apply(replace(TABLE_OF_NODE))
 
 
-def test_connections_outlive_a_change_and_the_end_of_the_agent(node: Node, part: VpcPart) -> None:
+def test_connections_outlive_a_change_and_the_end_of_the_agent(node: Node, part: Part) -> None:
     part.apply(TABLE_OF_NODE)
     with (
         listening(node.world, WORLD) as server,
@@ -281,7 +311,8 @@ def test_connections_outlive_a_change_and_the_end_of_the_agent(node: Node, part:
             part.apply(
                 replace(TABLE_OF_NODE, near=(*TABLE_OF_NODE.near, parse_prefix("10.9.0.0/16")))
             )
-            with contextlib.closing(VpcPart(node.node)) as successor:
+            flavour = () if isinstance(part, VpcPart) else (part._iptables.flavour,)
+            with contextlib.closing(type(part)(node.node, *flavour)) as successor:
                 successor.start()
                 successor.apply(TABLE_OF_NODE)
             for _ in range(3):
@@ -289,9 +320,15 @@ def test_connections_outlive_a_change_and_the_end_of_the_agent(node: Node, part:
                 assert connection.recv(16) == b"still here"
 
 
-def test_cleanup_removes_only_ours(node: Node, part: VpcPart) -> None:
-    nft(node.node, NODE_PORT)
+def test_cleanup_removes_only_ours(node: Node, part: Part) -> None:
+    nft(node.node, "table ip foreign {\n}")
     part.apply(TABLE_OF_NODE)
     part.cleanup()
     tables = netns.run(node.node, ["nft", "list", "tables"]).stdout
-    assert tables.split("\n")[:-1] == ["table ip foreign"]
+    ours = [line for line in tables.splitlines() if "podwire" in line]
+    assert not ours
+    assert "table ip foreign" in tables.splitlines()
+    for flavour in ("nft", "legacy"):
+        for name in ("nat", "mangle"):
+            save = ["iptables-" + flavour + "-save", "-t", name]
+            assert "PODWIRE" not in netns.run(node.node, save).stdout

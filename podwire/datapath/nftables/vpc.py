@@ -15,26 +15,24 @@ Every packet of a pod then takes the bit of its connection. Only our bit of eith
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from podwire.datapath import Requirement
-from podwire.datapath.vpc import VpcTable
+from podwire.datapath.prefixes import widest
+from podwire.datapath.vpc import MULTICAST, VpcTable, needs
 from podwire.kernel.nftables import IP, Element, NfTables, Set
-from podwire.net import Prefix, format_address, parse_prefix
+from podwire.net import format_address
 
 TABLE = "podwire-vpc"
 _NEAR = Set(IP, TABLE, "near")
 _PORTS = {"prng": " fully-random", "hashrandom": " random", "none": ""}
-_NEVER_SNAT = (parse_prefix("224.0.0.0/4"),)
 _REMOVAL = f"add table ip {TABLE}\ndelete table ip {TABLE}\n"
 
 
 class VpcPart:
     """The rules in one network namespace (`netns_fd`; default: the caller's)."""
 
-    requirements: Sequence[Requirement] = (
-        Requirement("net.ipv4.ip_forward", "1", "pods are behind this node"),
-    )
+    requirements: Sequence[Requirement] = needs("")
 
     def __init__(self, netns_fd: int | None = None) -> None:
         self._nft = NfTables(netns_fd)
@@ -53,14 +51,7 @@ class VpcPart:
             return
         self._nft.run(_REMOVAL + script(table))
         self._table, self._made = table, self._held()
-        self.requirements = (
-            *VpcPart.requirements,
-            Requirement(
-                f"net.ipv4.conf.{table.uplink}.rp_filter",
-                "2",
-                "what a pod of another ENI is sent through a NodePort comes in on the primary one",
-            ),
-        )
+        self.requirements = needs(table.uplink)
 
     def flush(self) -> None:
         """Nothing waits."""
@@ -98,7 +89,7 @@ def script(table: VpcTable) -> str:
     """The table as nft(8) reads it."""
     mark, others = f"{table.mark:#x}", f"{0xFFFFFFFF & ~table.mark:#x}"
     pods = f'iifname "{table.pod_links}*"'
-    near = ", ".join(map(str, _disjoint((*table.near, *_NEVER_SNAT))))
+    near = ", ".join(map(str, widest((*table.near, MULTICAST), 32)))
     leaving = f"""
     {pods} ct state new ct direction original fib daddr type != local ip daddr != @near \
 ct mark set ct mark | {mark}"""
@@ -125,12 +116,3 @@ table ip {TABLE} {{
   }}{snat if table.snat else ""}
 }}
 """
-
-
-def _disjoint(prefixes: Iterable[Prefix]) -> list[Prefix]:
-    """The IPv4 prefixes that no other one covers: the kernel wants disjoint intervals."""
-    found: list[Prefix] = []
-    for prefix in sorted(prefix for prefix in prefixes if prefix.bits == 32):
-        if not any(wide.covers(prefix) for wide in found):
-            found.append(prefix)
-    return found
