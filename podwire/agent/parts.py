@@ -16,6 +16,8 @@ from podwire.agent.control import ControlServer
 from podwire.agent.loop import Loop
 from podwire.agent.options import Options
 from podwire.agent.pods import Gate, Pods
+from podwire.agent.policies import KINDS as POLICY_KINDS
+from podwire.agent.policies import PolicyRoom
 from podwire.agent.reaping import ReapingPart
 from podwire.agent.sync import Sync
 from podwire.agent.vpc import VpcMode
@@ -35,26 +37,20 @@ from podwire.errors import Unsupported
 from podwire.ipam.vpc.settings import read_settings
 from podwire.ipam.vpc.threads import POOL as VPC_POOL
 from podwire.kube.objects import (
-    ClusterNetworkPolicy,
     EndpointSlice,
     ENIConfig,
-    Namespace,
-    NetworkPolicy,
     Node,
-    Pod,
     Service,
     ServiceCIDR,
 )
 from podwire.kube.store import ChangeSet, Kind, Store
 from podwire.net import parse_prefix
 from podwire.nodes import RouteCompiler
-from podwire.policy import PolicyCompiler, PolicyTable
 from podwire.services import ProxyConfig, ServiceCompiler, ServiceTable
 from podwire.wiring.routes import NodeRoutes
 
 BRIDGE = "cni0"
 SERVICE_KINDS: tuple[Kind, ...] = (Node, Service, EndpointSlice, ServiceCIDR)
-POLICY_KINDS: tuple[Kind, ...] = (Node, Namespace, Pod, NetworkPolicy, ClusterNetworkPolicy)
 
 FORWARDING = (
     Requirement("net.ipv4.ip_forward", "1", "the node routes for its pods"),
@@ -224,24 +220,25 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
     built.serving.append(serve)
 
 
-def _add_policy(built: Built, options: Options) -> tuple[PolicyCompiler, Sync[PolicyTable]]:
-    compiler = PolicyCompiler(options.node_name)
+def _add_policy(built: Built, options: Options) -> PolicyRoom:
     path: PolicyPart | EbpfPolicyPart
     if built.programs is not None:
         path = EbpfPolicyPart(programs=built.programs)
     else:
         path = PolicyPart(bridge=BRIDGE if options.wiring == "bridge" else None)
-    sync: Sync[PolicyTable] = Sync("policy", POLICY_KINDS, compiler.update, path)
     built.requirements += path.requirements
-    built.syncs.append(sync)
-    return compiler, sync
+    room = PolicyRoom(options, path)
+    built.syncs.append(room.sync)
+    built.serving.append(room.serve)
+    built.tasks.append(room.run)
+    return room
 
 
 def _add_cni(
     built: Built,
     options: Options,
     node: Node,
-    policy: tuple[PolicyCompiler, Sync[PolicyTable]] | None,
+    policy: PolicyRoom | None,
 ) -> None:
     routes = next((s.path for s in built.syncs if isinstance(s.path, NodeRoutes)), None)
     vpc = VpcMode(options) if options.wiring == "vpc" else None
@@ -261,7 +258,7 @@ def _add_cni(
 
         gate: Gate | None = None
         if policy is not None:
-            gate = Admission(loop, store, synced, *policy)
+            gate = Admission(loop, store, synced, policy.compiler, policy.sync)
         if built.programs is not None:
             gate = ebpf.EbpfGate(built.programs, gate)
         pods = Pods(options, config, gate, vpc)

@@ -70,6 +70,7 @@ def translate(source: ClusterNetworkPolicy) -> Policy:
         egress=_rules(Direction.EGRESS, spec.egress, report),
         audit=source.metadata.annotations.get(AUDIT_ANNOTATION) == "true",
         problems=tuple(problems),
+        version=source.metadata.resource_version,
     )
 
 

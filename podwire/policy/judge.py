@@ -140,8 +140,8 @@ def judge(table: PolicyTable, packet: Packet) -> Judgement:
             Decision(Direction.EGRESS, Verdict.ALLOW, exempt),
             Decision(Direction.INGRESS, Verdict.ALLOW, exempt),
         )
-    source = _host(table, packet.source_pod, packet.source)
-    destination = _host(table, packet.destination_pod, packet.destination)
+    source = host_of(table, packet.source_pod, packet.source)
+    destination = host_of(table, packet.destination_pod, packet.destination)
     if packet.source_node is not None:
         egress = Decision(Direction.EGRESS, Verdict.ALLOW, Why.NOT_A_POD)
     else:
@@ -169,7 +169,8 @@ def _exempt(packet: Packet) -> Why | None:
     return None
 
 
-def _host(table: PolicyTable, pod: Key | None, address: Address) -> Host:
+def host_of(table: PolicyTable, pod: Key | None, address: Address) -> Host:
+    """Who is at one end: the pod named, otherwise the owner of the address."""
     if pod is not None:
         facts = table.pods.get(pod)
         if facts is not None and facts.host_network:

@@ -204,6 +204,7 @@ class Policy:
     """One policy object, translated. `isolates`: directions in which what no rule allows is denied.
 
     `problems` are pairs of field and sentence: what of the object could not be enforced as written.
+    `version` is the object's resourceVersion.
     """
 
     ref: PolicyRef
@@ -215,6 +216,7 @@ class Policy:
     egress: tuple[Rule, ...] = ()
     audit: bool = False
     problems: tuple[tuple[str, str], ...] = ()
+    version: str = ""
 
     def rules(self, direction: Direction) -> tuple[Rule, ...]:
         return self.ingress if direction is Direction.INGRESS else self.egress

@@ -73,6 +73,7 @@ def translate(source: NetworkPolicy) -> Policy:
         egress=egress if Direction.EGRESS in isolates else (),
         audit=source.metadata.annotations.get(AUDIT_ANNOTATION) == "true",
         problems=tuple(problems),
+        version=source.metadata.resource_version,
     )
 
 

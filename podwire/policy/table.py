@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -66,7 +66,7 @@ class Changed(NamedTuple):
     rule_sets: frozenset[int]
 
 
-@dataclass(frozen=True, slots=False, eq=False)
+@dataclass(frozen=True, eq=False)
 class PolicyTable:
     """Immutable; shares what did not change with the tables before it.
 
@@ -181,6 +181,15 @@ class PolicyTable:
                     if isinstance(port, NamedPort) and port.name not in names:
                         out[f"{ref} {where}.port"] = f"no pod has a port named {port.name!r}"
         return out
+
+
+def subjects_of(policies: Iterable[Policy]) -> dict[Home, tuple[Policy, ...]]:
+    """Policies by where an index keeps their subjects."""
+    out: dict[Home, tuple[Policy, ...]] = {}
+    for policy in policies:
+        for home in policy.subject.homes():
+            out[home] = (*out.get(home, ()), policy)
+    return out
 
 
 def selecting(

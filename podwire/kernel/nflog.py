@@ -1,0 +1,147 @@
+"""Packets that a rule logs (``log group N``), as they come, with their addresses and ports.
+
+One listener per group and namespace; a second one is refused (EBUSY).
+Source: include/uapi/linux/netfilter/nfnetlink_log.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from podwire.errors import KernelError
+from podwire.kernel import netlink, netns
+from podwire.net import Address, Protocol
+
+_SUBSYSTEM = 4 << 8
+_PACKET, _CONFIG = 0, 1
+_CFG_COMMAND, _CFG_MODE, _CFG_TIMEOUT, _CFG_THRESHOLD = 1, 2, 4, 5
+_BIND = 1
+_COPY_PACKET = 2
+_INPUT_LINK, _OUTPUT_LINK, _PAYLOAD, _PREFIX = 4, 5, 9, 10
+_HEADER = struct.Struct("=IHHII")
+_RECEIVE_BYTES = 1 << 16
+_PORTS = (Protocol.TCP, Protocol.UDP, Protocol.SCTP)
+
+
+class Logged(NamedTuple):
+    """One packet. `port` is the destination's; `icmp_type` is None for other protocols.
+
+    `input_link`, `output_link` are indexes, 0: none.
+    """
+
+    prefix: str
+    source: Address
+    destination: Address
+    protocol: int
+    source_port: int
+    port: int
+    icmp_type: int | None
+    input_link: int
+    output_link: int
+
+
+class Listener:
+    """Reads one group of a namespace (default: the caller's). Raises KernelError (EBUSY)."""
+
+    def __init__(self, group: int, netns_fd: int | None = None, copy_bytes: int = 128) -> None:
+        self._socket = netns.socket(netns_fd, socket.AF_NETLINK, socket.SOCK_RAW, netlink.NETFILTER)
+        self._socket.bind((0, 0))
+        self._socket.settimeout(5)
+        mode = struct.pack(">IBB", copy_bytes, _COPY_PACKET, 0)
+        try:
+            self._configure(group, netlink.attr(_CFG_COMMAND, bytes([_BIND])))
+            self._configure(
+                group,
+                netlink.attr(_CFG_MODE, mode),
+                netlink.attr(_CFG_TIMEOUT, struct.pack(">I", 1)),
+                netlink.attr(_CFG_THRESHOLD, struct.pack(">I", 16)),
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+        self._socket.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _configure(self, group: int, *attributes: bytes) -> None:
+        body = struct.pack(">BBH", 0, 0, group) + b"".join(attributes)
+        flags = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
+        head = _HEADER.pack(16 + len(body), _SUBSYSTEM | _CONFIG, flags, 1, 0)
+        self._socket.send(head + body)
+        while True:
+            data = self._socket.recv(_RECEIVE_BYTES)
+            if _HEADER.unpack_from(data)[1] == 2:  # NLMSG_ERROR: packets may come before it
+                (code,) = struct.unpack_from("=i", data, 16)
+                if code:
+                    what = (
+                        "another process reads it" if -code == errno.EBUSY else os.strerror(-code)
+                    )
+                    raise KernelError(f"cannot read log group {group}: {what}", errno=-code)
+                return
+
+    def drain(self) -> list[Logged]:
+        """What has been logged since; an overrun of the socket loses some, and is no error."""
+        out: list[Logged] = []
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                return out
+            except OSError as error:
+                if error.errno == errno.ENOBUFS:
+                    continue
+                raise
+            out += filter(None, map(_parse, _messages(data)))
+
+
+def _messages(data: bytes) -> Iterator[bytes]:
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
+        if kind == _SUBSYSTEM | _PACKET:
+            yield data[offset + 20 : offset + length]
+        offset += (length + 3) & ~3
+
+
+def _parse(body: bytes) -> Logged | None:
+    found = netlink.attributes(body)
+    payload = found.get(_PAYLOAD, b"")
+    parsed = parse_packet(payload)
+    if parsed is None:
+        return None
+    links = (int.from_bytes(found.get(kind, b""), "big") for kind in (_INPUT_LINK, _OUTPUT_LINK))
+    return Logged(netlink.string(found.get(_PREFIX, b"")), *parsed, *links)
+
+
+def parse_packet(
+    packet: bytes,
+) -> tuple[Address, Address, int, int, int, int | None] | None:
+    """Addresses, protocol, ports and ICMP type of an IP packet; None for what is none.
+
+    IPv6 extension headers are stepped over as far as the bytes go.
+    """
+    version = packet[0] >> 4 if packet else 0
+    if version == 4 and len(packet) >= 20:
+        source, destination, protocol = packet[12:16], packet[16:20], packet[9]
+        rest = packet[(packet[0] & 15) * 4 :]
+    elif version == 6 and len(packet) >= 40:
+        source, destination, protocol = packet[8:24], packet[24:40], packet[6]
+        rest = packet[40:]
+        while protocol in (0, 43, 60) and len(rest) >= 8:  # hop-by-hop, routing, destination
+            protocol, rest = rest[0], rest[(rest[1] + 1) * 8 :]
+    else:
+        return None
+    if protocol in _PORTS and len(rest) >= 4:
+        return source, destination, protocol, *struct.unpack(">HH", rest[:4]), None
+    if protocol in (Protocol.ICMP, Protocol.ICMPV6) and rest:
+        return source, destination, protocol, 0, 0, rest[0]
+    return source, destination, protocol, 0, 0, None
