@@ -6,6 +6,8 @@ are kube-proxy's (kubernetes pkg/proxy/healthcheck/service_health.go), on every 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -17,7 +19,7 @@ from aiohttp import web
 from podwire.agent.logs import event
 from podwire.kernel import netns
 from podwire.net import Address, format_address
-from podwire.services import HealthCheck, Settings
+from podwire.services import HealthCheck, ServiceTable, Settings
 from podwire.services.nodeports import selected_addresses
 from podwire.services.table import is_loopback
 
@@ -25,6 +27,7 @@ log = logging.getLogger("podwire.agent.health")
 
 Key: TypeAlias = tuple[str, str]
 
+RETRY_S = 10.0
 _ANY: tuple[Address, Address] = (bytes(4), bytes(16))
 _IPV6_V6ONLY = (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
 
@@ -51,21 +54,53 @@ class _Server(NamedTuple):
 class ServiceHealth:
     """The servers of all Services that have a healthCheckNodePort.
 
-    `healthy` says whether the proxy itself is. A port that is taken is named in `problems` and
-    tried again with the next `update`. `netns_fd`: where to listen (default: here).
+    `run` keeps them at the newest table that `follow` was given. A port that is taken is named in
+    `problems` and tried again. `netns_fd`: where to listen (default: here).
     """
 
-    def __init__(self, healthy: Callable[[], bool], netns_fd: int | None = None) -> None:
-        self._healthy = healthy
+    def __init__(self, netns_fd: int | None = None) -> None:
         self._netns_fd = netns_fd
+        self._healthy: Callable[[], bool] = lambda: False
+        self._table: ServiceTable | None = None
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._servers: dict[Key, _Server] = {}
-        self._checks: Mapping[Key, HealthCheck] = {}
         self.problems: dict[str, str] = {}
         """``Service ns/name``: why its health check is not served."""
 
-    async def update(self, checks: Mapping[Key, HealthCheck], addresses: Sequence[Address]) -> None:
-        """Serve these checks on these addresses; costs nothing where both are as before."""
-        self._checks = checks
+    def follow(self, table: ServiceTable) -> None:
+        """Serve what `table` says from now on. From any thread; the same again costs nothing."""
+        before, self._table = self._table, table
+        if self._running is None or (
+            before is not None
+            and before.health_checks is table.health_checks
+            and before.settings is table.settings
+        ):
+            return
+        loop, wake = self._running
+        loop.call_soon_threadsafe(wake.set)
+
+    async def run(self, healthy: Callable[[], bool]) -> None:
+        """Serve until cancelled; `healthy` says whether the proxy itself is."""
+        wake = asyncio.Event()
+        self._healthy = healthy
+        self._running = (asyncio.get_running_loop(), wake)
+        try:
+            while True:
+                wake.clear()
+                if self._table is not None:
+                    addresses = listen_addresses(self._table.settings)
+                    await self._serve(self._table.health_checks, addresses)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(wake.wait(), RETRY_S if self.problems else None)
+        finally:
+            self._running = None
+            await self._serve({}, ())
+
+    def reasons(self) -> list[str]:
+        """What is amiss, for the status."""
+        return [f"{name}: {why}" for name, why in self.problems.items()]
+
+    async def _serve(self, checks: Mapping[Key, HealthCheck], addresses: Sequence[Address]) -> None:
         for key, server in list(self._servers.items()):
             if key not in checks or checks[key].port != server.port:
                 await self._servers.pop(key).runner.cleanup()
@@ -76,10 +111,6 @@ class ServiceHealth:
                 await runner.setup()
                 self._servers[key] = _Server(check.port, runner, {})
             await self._listen(key, addresses)
-
-    async def close(self) -> None:
-        """Stop listening."""
-        await self.update({}, ())
 
     async def _listen(self, key: Key, addresses: Sequence[Address]) -> None:
         port, runner, sites = self._servers[key]
@@ -116,7 +147,8 @@ class ServiceHealth:
 
     def _handler(self, key: Key) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
         async def answer(_: web.BaseRequest) -> web.Response:
-            local = self._checks[key].local_endpoints
+            check = self._table.health_checks.get(key) if self._table else None
+            local = check.local_endpoints if check else 0
             healthy = self._healthy()
             body = {
                 "service": {"namespace": key[0], "name": key[1]},

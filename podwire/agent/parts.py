@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from podwire.agent import node as own_node
 from podwire.agent.admission import Admission
 from podwire.agent.conntrack import ConntrackRoom
 from podwire.agent.control import ControlServer
+from podwire.agent.health import ServiceHealth
 from podwire.agent.loop import Loop
 from podwire.agent.options import Options
 from podwire.agent.pods import Gate, Pods
@@ -201,10 +203,20 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
     else:
         path = ReapingPart(ServicesPart(config), room.collector.removed)
 
+    health = ServiceHealth()
+
     def compile(changes: ChangeSet) -> ServiceTable:
         own = changes.of(Node).get(("", options.node_name))
         facts = own_node.facts(own.new) if own is not None and own.new is not None else None
-        return compiler.update(changes, facts)
+        table = compiler.update(changes, facts)
+        health.follow(table)
+        return table
+
+    async def serve_health(agent: Any) -> None:
+        await health.run(lambda: agent.health.healthy(time.time()))
+
+    built.tasks.append(serve_health)
+    built.reasons.append(health.reasons)
 
     built.syncs.append(Sync("services", SERVICE_KINDS, compile, path))
     built.requirements += path.requirements

@@ -181,6 +181,18 @@ class Transaction:
         )
 
 
+class _Commits:
+    """How many commits this process has made in one network namespace."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+
+
+_COMMITS: dict[int, _Commits] = {}
+"""By the namespace's inode."""
+
+
 class NfTables:
     """nf_tables of one network namespace (`netns_fd`; default: the caller's). Thread-safe."""
 
@@ -193,6 +205,9 @@ class NfTables:
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
         self._sequence = 0
         self._lock = threading.Lock()
+        with netns.entered(netns_fd):
+            inode = os.stat("/proc/thread-self/ns/net").st_ino
+        self._commits = _COMMITS.setdefault(inode, _Commits())
 
     def close(self) -> None:
         self._socket.close()
@@ -209,7 +224,11 @@ class NfTables:
         Raises KernelError with nft's own message, Unsupported where nft is not installed.
         """
         try:
-            done = netns.run(self._netns_fd, ["nft", "-f", "-"], stdin=script, timeout_s=timeout_s)
+            with self._commits.lock:
+                done = netns.run(
+                    self._netns_fd, ["nft", "-f", "-"], stdin=script, timeout_s=timeout_s
+                )
+                self._commits.count += not done.returncode
         except FileNotFoundError:
             raise Unsupported("the nft program is missing: install the package nftables") from None
         except subprocess.TimeoutExpired:
@@ -224,7 +243,7 @@ class NfTables:
         """
         if not transaction:
             return
-        with self._lock:
+        with self._commits.lock, self._lock:
             messages = list(_messages(transaction))
             first = self._sequence + 1
             last = self._sequence = self._sequence + len(messages) + 2
@@ -238,6 +257,7 @@ class NfTables:
             out.append(_batch_edge(_BATCH_END, last))
             self._socket.send(b"".join(out))
             self._await_acknowledgement(messages, first)
+            self._commits.count += 1
 
     def send(self, family: int, messages: Sequence[tuple[int, int, bytes]], what: str) -> None:
         """One batch of other messages: kind, flags and attributes of each (`kernel.nftrules`).
@@ -265,6 +285,15 @@ class NfTables:
                         raise KernelError(f"cannot {what}: {os.strerror(code)}", errno=code)
                     if sequence == first + len(messages):
                         return
+
+    def strangers(self) -> int:
+        """A number that stays the same while only this process commits in the namespace.
+
+        It tells whether somebody else may have touched our tables, without listing them. (A script
+        without effect makes it differ too: then there is one listing too many.)
+        """
+        with self._commits.lock:
+            return (self.generation() - self._commits.count) & 0xFFFFFFFF
 
     def generation(self) -> int:
         """The rule set's generation: any commit in the namespace, by anyone, increases it."""

@@ -7,10 +7,11 @@ import http.client
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from podwire.agent.health import ServiceHealth, listen_addresses
+from podwire.agent.health import ServiceHealth
 from podwire.kernel import link, netns
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.kube.objects import EndpointHints, Hint
@@ -124,12 +125,14 @@ async def _ask_health(case: Mapping[str, Any], fd: int) -> list[str]:
     service = case["service"]
     cluster.apply([service])
     healthy = True
-    server = ServiceHealth(lambda: healthy, fd)
+    server = ServiceHealth(fd)
+    running = asyncio.create_task(server.run(lambda: healthy))
     problems: list[str] = []
     try:
         for number, step in enumerate(case["steps"]):
             table = cluster.apply(step["slices"])
-            await server.update(table.health_checks, listen_addresses(table.settings))
+            server.follow(table)
+            await asyncio.sleep(0)  # the server takes its turn
             (check,) = table.health_checks.values()
             if check.local_endpoints != step["localReadyEndpoints"]:
                 problems.append(f"step {number}: {check.local_endpoints} local endpoints")
@@ -138,14 +141,17 @@ async def _ask_health(case: Mapping[str, Any], fd: int) -> list[str]:
                 answer = await asyncio.to_thread(_get, fd, service["spec"]["healthCheckNodePort"])
                 problems += [f"step {number}: {wrong}" for wrong in _differences(answer, expect)]
     finally:
-        await server.close()
+        running.cancel()
+        await asyncio.wait([running])
     return problems
 
 
 def _get(fd: int, port: int) -> tuple[int, Mapping[str, str], Any]:
     with netns.socket(fd, socket.AF_INET, socket.SOCK_STREAM) as sock:
         sock.settimeout(10)
-        sock.connect(("127.0.0.1", port))
+        deadline = time.monotonic() + 10
+        while sock.connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
+            time.sleep(0.002)  # the server has not got its turn yet
         sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")
         response = http.client.HTTPResponse(sock)
         response.begin()

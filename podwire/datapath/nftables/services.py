@@ -40,7 +40,7 @@ class ServicesPart:
         self._families = {family: FamilyTable(self._nft, family, config) for family in _FAMILIES}
         self._table: ServiceTable | None = None
         self._trusted = False  # whether the kernel holds what we think it holds
-        self._generation = 0
+        self._strangers = 0  # see NfTables.strangers
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -84,17 +84,16 @@ class ServicesPart:
     def verify(self) -> list[str]:
         """Read the tables back, repair what differs, and name each repair.
 
-        Costs one question to the kernel where nobody but us has committed anything since.
+        Costs one question to the kernel where nobody but this process has committed anything since.
         """
         with self._lock:
             if self._table is None:
                 return []
-            generation = self._nft.generation()
-            if self._trusted and generation == self._generation:
+            if self._trusted and self._nft.strangers() == self._strangers:
                 return []
             repairs = self._apply_all(self._table)
             for family in self._families.values():
-                self._generation += family.remove_unused_rules()
+                family.remove_unused_rules()
             return repairs
 
     def cleanup(self) -> None:
@@ -125,7 +124,7 @@ class ServicesPart:
             if not family.intact():
                 family.make()
                 repairs.append(f"made the rules of {family} again")
-        self._generation = self._nft.generation()
+        self._strangers = self._nft.strangers()
         for number, family in self._families.items():
             ports = [port for name, port in table.ports.items() if name.family == number]
             repairs += family.plan_all(transaction, ports, table.settings)
@@ -134,7 +133,7 @@ class ServicesPart:
 
     def _finish(self, transaction: Transaction, table: ServiceTable) -> None:
         for family in self._families.values():
-            self._generation += family.make_missing_rules()
+            family.make_missing_rules()
         self._commit(transaction)
         for family in self._families.values():
             family.done()
@@ -146,5 +145,3 @@ class ServicesPart:
         except KernelError:
             self._trusted = False
             raise
-        if transaction:
-            self._generation += 1

@@ -117,26 +117,19 @@ class FamilyTable:
         self._fixed.make()
         self._rules = set(rules)
 
-    def make_missing_rules(self) -> int:
-        """Add the chains that the plan needs and the table lacks; how many commits that took."""
+    def make_missing_rules(self) -> None:
+        """Add the chains that the plan needs and the table lacks."""
         missing = sorted(self._needed - self._rules)
-        if not missing:
-            return 0
-        self._fixed.extend(rules_script(self._family, missing))
-        self._rules.update(missing)
-        return 1
+        if missing:
+            self._fixed.extend(rules_script(self._family, missing))
+            self._rules.update(missing)
 
-    def remove_unused_rules(self) -> int:
-        """Take away the chains for numbers of backends that nobody has any more, if many.
-
-        Returns how many commits that took.
-        """
+    def remove_unused_rules(self) -> None:
+        """Take away the chains for numbers of backends that nobody has any more, if many."""
         unused = sorted(self._rules - self._needed.union(ready_made()))
-        if len(unused) <= _UNUSED_RULES:
-            return 0
-        self._fixed.extend(removal_script(self._family, unused))
-        self._rules.difference_update(unused)
-        return 1
+        if len(unused) > _UNUSED_RULES:
+            self._fixed.extend(removal_script(self._family, unused))
+            self._rules.difference_update(unused)
 
     def intact(self) -> bool:
         """Whether the rules are as they were made."""
