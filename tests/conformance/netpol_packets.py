@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from podwire.datapath import Part
+from podwire.kernel.iptables import Flavour
 from podwire.policy import PolicyCompiler, PolicyTable
 from tests.conformance.netpol_fabric import BRIDGE, Fabric
 from tests.conformance.netpol_probes import Attempt, Prober
@@ -24,9 +25,18 @@ def _ebpf(netns_fd: int, bridge: str | None) -> Part[PolicyTable]:
     return PolicyPart(netns_fd)
 
 
+def _iptables(flavour: Flavour | None) -> Callable[[int, str | None], Part[PolicyTable]]:
+    from podwire.datapath.iptables.policy import PolicyPart
+
+    return lambda netns_fd, bridge: PolicyPart(netns_fd, bridge, flavour)
+
+
 DATAPATHS: dict[str, Callable[[int, str | None], Part[PolicyTable]]] = {
     "nftables": _nftables,
     "ebpf": _ebpf,
+    "iptables": _iptables(None),
+    "iptables-nft": _iptables("nft"),
+    "iptables-legacy": _iptables("legacy"),
 }
 
 

@@ -7,15 +7,17 @@ transaction, and what they need no more goes last.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from podwire.kernel.ipset import IpSet, IpSets
-from podwire.kernel.iptables import Hook, Iptables, Rules, TableChange
+from podwire.kernel.iptables import Hook, Iptables, Rules, TableChange, targets
 
 ChainKey = tuple[str, str]
 """Table and chain."""
+Member = tuple[str, str]
+"""Set and element."""
 
 
 class Names(NamedTuple):
@@ -27,26 +29,37 @@ class Names(NamedTuple):
 
 @dataclass
 class Update:
-    """A change. Sets are made and elements added before the rules, and taken away after them."""
+    """A change, in the order of its fields."""
 
     sets: list[IpSet] = field(default_factory=list[IpSet])
-    adds: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    """Set and element, in the order in which they must come; deletes are made in reverse."""
-    deletes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    """To be made."""
+    adds: list[Member] = field(default_factory=list[Member])
     chains: dict[ChainKey, Rules] = field(default_factory=dict[ChainKey, Rules])
+    deletes: list[Member] = field(default_factory=list[Member])
     late_chains: set[ChainKey] = field(default_factory=set[ChainKey])
     """Chains that nothing leads to any more."""
     late_sets: set[str] = field(default_factory=set[str])
     """Sets that nothing but these chains uses."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Wanted:
     """All that the kernel should hold. Sets with a timeout are filled by packets."""
 
     chains: Mapping[ChainKey, Rules]
     sets: Mapping[str, IpSet]
-    elements: Mapping[str, Iterable[str]]
+    elements: Mapping[str, Collection[str]]
+
+    def since(self, old: Wanted) -> Update:
+        """What leads from `old` to this, where the elements of a set never change."""
+        new_sets = [each for name, each in self.sets.items() if name not in old.sets]
+        return Update(
+            new_sets,
+            [(each.name, element) for each in new_sets for element in self.elements[each.name]],
+            {key: rules for key, rules in self.chains.items() if old.chains.get(key) != rules},
+            late_chains=set(old.chains.keys() - self.chains.keys()),
+            late_sets=set(old.sets.keys() - self.sets.keys()),
+        )
 
 
 class Ruleset:
@@ -77,19 +90,10 @@ class Ruleset:
 
     def write(self, update: Update) -> None:
         """Carry the update out; what is late waits for `flush`."""
-        self._late_chains -= update.chains.keys()
-        self._late_sets -= {each.name for each in update.sets}
-        self._sets.restore(
-            [
-                *(each.creation for each in update.sets),
-                *(f"add {name} {element}" for name, element in update.adds),
-            ]
-        )
-        self._iptables.restore(_by_table(update.chains))
-        self._sets.restore(f"del {name} {element}" for name, element in reversed(update.deletes))
-        self._late_chains |= update.late_chains
+        self._write(update, {})
+        self._late_chains = (self._late_chains | update.late_chains) - update.chains.keys()
         self._late_sets |= update.late_sets
-        self._print = None
+        self._late_sets -= {each.name for each in update.sets}
 
     def flush(self) -> None:
         """Take away chains and sets that are out of use, and note how the tables look now."""
@@ -118,22 +122,28 @@ class Ruleset:
     def replace(self, wanted: Wanted) -> list[str]:
         """Compare the kernel with `wanted`, write what differs, and name each difference."""
         repairs, update, hooks = self._difference(wanted)
+        self._write(update, hooks)
+        self._late_chains, self._late_sets = update.late_chains, update.late_sets
+        self._note_printing({key: wanted.chains[key] for key in update.chains})
+        return repairs
+
+    def _write(self, update: Update, hooks: Mapping[str, Sequence[Hook]]) -> None:
+        self._print = None
         self._sets.restore(
             [
                 *(each.creation for each in update.sets),
+                # one that still waited to be taken away may hold something
+                *(f"flush {each.name}" for each in update.sets if each.timeout_s is None),
                 *(f"add {name} {element}" for name, element in update.adds),
             ]
         )
-        chains = _by_table(update.chains)
-        for table, missing in hooks.items():
-            change = chains.get(table, TableChange({}))
-            chains[table] = change._replace(hooks=missing)
-        self._iptables.restore(chains)
-        self._sets.restore(f"del {name} {element}" for name, element in reversed(update.deletes))
-        self._late_chains, self._late_sets = update.late_chains, update.late_sets
-        self._print = None
-        self._note_printing({key: wanted.chains[key] for key in update.chains})
-        return repairs
+        tables: dict[str, dict[str, Rules]] = {table: {} for table in hooks}
+        for (table, name), rules in update.chains.items():
+            tables.setdefault(table, {})[name] = rules
+        self._iptables.restore(
+            {table: TableChange(some, (), hooks.get(table, ())) for table, some in tables.items()}
+        )
+        self._sets.restore(f"del {name} {element}" for name, element in update.deletes)
 
     def remove(self) -> None:
         """Remove our chains, the rules that lead to them, and our sets."""
@@ -142,7 +152,11 @@ class Ruleset:
             for table in self._hooks:
                 there = iptables.save(table)
                 ours = [name for name in there if name.startswith(self._names.chains)]
-                unhook = [h for h in self._hooks[table] if h.rule in there.get(h.chain, ())]
+                unhook = [
+                    Hook(hook.chain, rule)
+                    for hook in self._hooks[table]
+                    for rule in _leading(there, hook)
+                ]
                 if ours:
                     changes[table] = TableChange({}, ours, (), unhook)
             iptables.restore(changes)
@@ -162,7 +176,7 @@ class Ruleset:
         hooks: dict[str, list[Hook]] = {}
         for table, wanted_hooks in self._hooks.items():
             there = self._iptables.save(table)
-            missing = [h for h in wanted_hooks if h.rule not in there.get(h.chain, ())]
+            missing = [hook for hook in wanted_hooks if not _leading(there, hook)]
             if missing:
                 hooks[table] = missing[::-1]  # each is put in front
                 repairs += [f"hooked into {self} {table} {hook.chain} again" for hook in missing]
@@ -212,14 +226,17 @@ class Ruleset:
             update.deletes += [(name, element) for element in sorted(held - should)]
             if held != should:
                 repairs.append(f"restored the set {name}")
+        update.deletes.reverse()
         update.late_sets |= there.keys() - wanted.sets.keys()
 
 
-def _by_table(chains: Mapping[ChainKey, Rules]) -> dict[str, TableChange]:
-    tables: dict[str, dict[str, Rules]] = {}
-    for (table, name), rules in chains.items():
-        tables.setdefault(table, {})[name] = rules
-    return {table: TableChange(some) for table, some in tables.items()}
+def _leading(there: Mapping[str, Rules], hook: Hook) -> list[str]:
+    """The rules, as they are printed, that lead from the hook's chain to where it leads."""
+    return [
+        rule
+        for rule in there.get(hook.chain, ())
+        if list(targets([rule])) == list(targets([hook.rule]))
+    ]
 
 
 def _removal(chains: Iterable[ChainKey]) -> dict[str, TableChange]:

@@ -98,7 +98,7 @@ class FamilyRules:
                 there = element in self._elements[name]
                 (update.adds if there else update.deletes).append((name, element))
         update.adds.sort(key=set_order)
-        update.deletes.sort(key=set_order)
+        update.deletes.sort(key=set_order, reverse=True)
 
     def _shared(self, chain: str) -> Rules:
         return tuple(sorted(self._links[chain]))
