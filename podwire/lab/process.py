@@ -67,8 +67,12 @@ def redirect(log: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def detach() -> bool:
-    """Fork twice, leaving the terminal and the session: True in the daemon, False in the caller."""
+def detach(keep: int) -> bool:
+    """Fork twice, leaving the terminal and the session: True in the daemon, False in the caller.
+
+    Of the caller's descriptors the daemon has the standard ones and `keep`: somebody may wait for
+    the end of a pipe that the caller writes to.
+    """
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -76,4 +80,6 @@ def detach() -> bool:
     os.setsid()
     if os.fork():
         os._exit(0)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
     return True

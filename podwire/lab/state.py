@@ -3,8 +3,8 @@
     /run/podwire/lab/<name>/       a mount point of its own, shared with the nodes' mount namespaces
         lab.json                   processes with their start times, nodes, settings
         netns/<…>                  network namespaces: underlay, outside, node-<node>, pod-<uid>
-        kubeconfig                 for kubectl on this machine
-        nodes/<node>/              run/ and state/ of the agent, cni/net.d, cni/cache, kubeconfig
+        kubeconfig                 for kubectl on this machine; node.kubeconfig for the agents
+        nodes/<node>/              run/ and state/ of the agent, cni/net.d
         log/<process>.log          standard error of every process
 
 Everything of a lab is found by its name: mounts below the directory, processes in the cgroup of

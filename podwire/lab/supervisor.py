@@ -133,7 +133,7 @@ class Supervisor:
         return network if self.record.settings["wiring"] == "vpc" else topology
 
     def _make_node(self, node: Node) -> None:
-        for directory in ("run", "state", "cni/net.d", "cni/cache"):
+        for directory in ("run", "state", "cni/net.d"):
             (self.lab.node(node.name) / directory).mkdir(parents=True, exist_ok=True)
         self._topology.add_node(self.lab, node, self.record.dual_stack)
         self.namespaces[node.name] = enter.make_node_namespaces(self.lab, node.name)
@@ -325,8 +325,7 @@ def start(lab: LabDir, record: Record, node_names: list[str]) -> None:
     read, write = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
-    if process.detach():
-        os.close(read)
+    if process.detach(write):
         try:
             process.redirect(lab.path / "supervisor.log")
             Supervisor(lab, record, node_names, write).run()

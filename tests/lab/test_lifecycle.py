@@ -156,6 +156,20 @@ def test_the_runtime_takes_its_pods_up_again(make_lab: Callable[..., Lab]) -> No
     assert lab.pod("b")["status"]["podIP"] == address
 
 
+def test_pods_deleted_while_no_runtime_runs_are_ended_later(make_lab: Callable[..., Lab]) -> None:
+    lab = up_with_pods(make_lab)
+    gone = lab.dir.netns(f"pod-{lab.pod('b')['metadata']['uid']}")
+    links = "ip -o link | grep -c master"
+    before = int(lab.run("node/node2", links).stdout)
+    lab.control("stop", process="runtime", signal=signal.SIGKILL)
+    path = "/api/v1/namespaces/default/pods/b"
+    lab.api("DELETE", path, {"gracePeriodSeconds": 0})
+    assert gone.exists()
+    lab.control("start", process="runtime")
+    wait_for(lambda: not gone.exists())
+    wait_for(lambda: int(lab.run("node/node2", links).stdout) == before - 1)
+
+
 def test_an_agent_that_dies_interrupts_no_pod(make_lab: Callable[..., Lab]) -> None:
     lab = up_with_pods(make_lab)
     lab.control("stop", process="agent-node1", signal=signal.SIGKILL)

@@ -1,7 +1,7 @@
 """Executes CNI plugins as a container runtime does: configuration lists, prevResult, capabilities.
 
 Blocking: the caller runs it in a thread that is in the node's network namespace. Results are kept
-on disk for DEL, as libcni keeps them.
+for DEL in memory: a runtime that was started again gets them by the ADD that it repeats.
 
 Source: containernetworking/cni SPEC.md 1.1.0, sections 2 to 4.
 """
@@ -78,15 +78,14 @@ def load(conf_dir: Path) -> NetworkList | None:
 class Plugins:
     """Runs the plugins of one node."""
 
-    def __init__(self, bin_dirs: Sequence[Path], cache_dir: Path, socket: Path) -> None:
+    def __init__(self, bin_dirs: Sequence[Path], socket: Path) -> None:
         self._bin_dirs = bin_dirs
-        self._cache_dir = cache_dir
+        self._results: dict[str, Json] = {}  # by container id
         self._environment = {
             "CNI_PATH": ":".join(map(str, bin_dirs)),
             "PODWIRE_CNI_SOCKET": str(socket),
             "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
         }
-        cache_dir.mkdir(parents=True, exist_ok=True)
 
     def add(self, network: NetworkList, sandbox: Sandbox) -> Json:
         """The result of the last plugin. After an error everything is taken away again."""
@@ -99,18 +98,15 @@ class Plugins:
                 self.delete(network, sandbox)
             raise
         assert result is not None
-        self._cached(sandbox).write_text(json.dumps(result))
+        self._results[sandbox.container_id] = result
         return result
 
     def delete(self, network: NetworkList, sandbox: Sandbox) -> None:
         """DEL of every plugin, last first. Raises CniError."""
-        cached = self._cached(sandbox)
-        result: Json | None = None
-        with contextlib.suppress(OSError, ValueError):
-            result = json.loads(cached.read_text())
+        result = self._results.get(sandbox.container_id)
         for plugin in reversed(network.plugins):
             self._run("DEL", network, plugin, sandbox, result)
-        cached.unlink(missing_ok=True)
+        self._results.pop(sandbox.container_id, None)
 
     def status(self, network: NetworkList) -> None:
         """STATUS of every plugin (since 1.1.0). Raises CniError when one is not ready."""
@@ -118,9 +114,6 @@ class Plugins:
             return
         for plugin in network.plugins:
             self._run("STATUS", network, plugin, None, None)
-
-    def _cached(self, sandbox: Sandbox) -> Path:
-        return self._cache_dir / f"{sandbox.container_id}.json"
 
     def _run(
         self,

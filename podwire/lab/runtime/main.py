@@ -21,7 +21,7 @@ from podwire.kube.objects import EndpointSlice, Namespace, Service
 from podwire.kube.store import Change, ChangeSet, Store
 from podwire.lab import echo
 from podwire.lab.dns import DnsServer, Zone
-from podwire.lab.runtime import balancer, sandbox
+from podwire.lab.runtime import balancer, cni, sandbox
 from podwire.lab.runtime.api import Api
 from podwire.lab.runtime.balancer import Balancer
 from podwire.lab.runtime.nodes import NodeHost, Watcher
@@ -71,8 +71,12 @@ class Runtime:
             await self._read_nodes()
             for _ in range(REPORTERS):
                 self._spawn(self._report_loop())
+            first = True
             async for changes in self._api.watch(self._store, KINDS):
                 self._take(changes)
+                if first:
+                    self._spawn(self._remove_orphans())
+                    first = False
 
     def _spawn(self, work: Any) -> None:
         """Run in the background; what fails is logged."""
@@ -160,6 +164,19 @@ class Runtime:
             self._service_changed(service)
         for pod in changes.of(Pod).values():
             self._pod_changed(pod)
+
+    async def _remove_orphans(self) -> None:
+        """End sandboxes of pods that were deleted while no runtime ran."""
+        for path in self.lab.netns("").glob("pod-*"):
+            uid = path.name.removeprefix("pod-")
+            if uid in self._workers:
+                continue
+            gone = cni.Sandbox(uid.replace("-", ""), str(path), "", "", uid, {})
+            for node in self._nodes.values():
+                await node.ready.wait()
+                assert node.network is not None
+                await node.run(functools.partial(node.plugins.delete, node.network, gone))
+            await self.visit(functools.partial(netns.remove_named, path))
 
     def _balance(self) -> None:
         """Bring the load balancer's routes up to date."""

@@ -35,7 +35,6 @@ class NodeHost:
         self.reported: bool | None = None  # what the API was last told
         self.plugins = cni.Plugins(
             (lab.path / "bin", REFERENCE_PLUGINS),
-            lab.node(node.name) / "cni" / "cache",
             lab.run_dir(node.name) / "cni.sock",
         )
         # children of these threads are born in the node's namespace

@@ -23,9 +23,10 @@ IPPROTO_SCTP = 132
 
 def create(path: Path) -> int:
     """A descriptor of the namespace at `path`, made with its loopback up if it is not there yet."""
-    if os.path.ismount(path):
-        return netns.open_path(path)
-    path.unlink(missing_ok=True)
+    if os.path.exists(path):
+        if os.path.ismount(path):
+            return netns.open_path(path)
+        path.unlink()  # an earlier runtime died between making the file and mounting over it
     fd = netns.create_named(path)
     with NetlinkSocket(netns_fd=fd) as sock:
         sock.run(link.change("lo", up=True))
