@@ -23,10 +23,12 @@ from podwire.conntrack.attribution import Tally
 from podwire.conntrack.inspector import PRESSURE, Inspector
 from podwire.conntrack.names import Names
 from podwire.conntrack.source import Source
-from podwire.errors import KernelError, PodwireError
+from podwire.errors import ApiError, KernelError, PodwireError
 from podwire.kernel import address, sysctl
 from podwire.kernel.ctnetlink import Table
 from podwire.kernel.netlink import NetlinkSocket
+from podwire.kube.client import STRATEGIC_PATCH, Client
+from podwire.kube.objects import Node
 from podwire.kube.store import Store
 from podwire.services import ServiceTable
 
@@ -62,6 +64,7 @@ class ConntrackRoom:
         self.collector = ConntrackCollector(self._kernel, self.inspector)
         self.tally: Tally | None = None
         self.pressure = False
+        self._told: bool | None = None  # what the Node's condition says
         self._refusals: list[str] = []
 
     # --- start ------------------------------------------------------------------------------------
@@ -130,13 +133,15 @@ class ConntrackRoom:
 
     # --- run --------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Sample, read and judge until cancelled."""
+    async def run(self, client: Client | None) -> None:
+        """Sample, read and judge until cancelled; `client` sets the Node's condition."""
         tally_at = 0.0
         while True:
             try:
                 await asyncio.to_thread(self.inspector.sample)
                 self._judge()
+                if client is not None and self._told is not self.pressure:
+                    await self._set_condition(client)
                 if time.monotonic() >= tally_at:
                     self.refresh_names()
                     began = time.monotonic()
@@ -174,6 +179,20 @@ class ConntrackRoom:
             self.pressure = False
             event(log, logging.INFO, "the connection table has room again", used=last.used)
 
+    async def _set_condition(self, client: Client) -> None:
+        """Tell it in the Node's status; again later where the API does not answer."""
+        last = self.inspector.history.last
+        assert last is not None
+        condition = node_condition(self.pressure, last.used, last.limit, time.time())
+        try:
+            await client.patch(
+                Node, self._options.node_name, {"status": {"conditions": [condition]}},
+                style=STRATEGIC_PATCH, subresource="status",
+            )  # fmt: skip
+            self._told = self.pressure
+        except ApiError as error:
+            event(log, logging.WARNING, "condition not set", error=error)
+
     def refresh_names(self) -> None:
         """Pods, nodes and Services as they are now; in the main thread, where the store lives."""
         if time.monotonic() < self._names_until or self._store is None:
@@ -184,6 +203,19 @@ class ConntrackRoom:
         self._names = names.from_store(self._store, self._services(), own, self._options.node_name)
         now = time.monotonic()
         self._names_until = now + NAMES_SHARE * (now - began)
+
+
+def node_condition(pressure: bool, used: int, limit: int, now_s: float) -> dict[str, str]:
+    """The Node condition `ConntrackPressure`, set when it changes and at the agent's start."""
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now_s))
+    return {
+        "type": "ConntrackPressure",
+        "status": "True" if pressure else "False",
+        "reason": "TableNearlyFull" if pressure else "TableHasRoom",
+        "message": f"{used} of {limit} entries of the connection table are in use",
+        "lastHeartbeatTime": moment,
+        "lastTransitionTime": moment,
+    }
 
 
 def apply_options(options: ConntrackOptions, cores: int | None = None) -> list[str]:

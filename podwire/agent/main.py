@@ -66,6 +66,7 @@ class Agent:
         self._more_reasons: list[Callable[[], list[str]]] = []
         self._ready = False
         self._restart = False
+        self.client: Client | None = None  # while it runs
 
     async def run(self) -> int:
         """Until SIGTERM or SIGINT; the exit status. Raises PodwireError when it cannot start."""
@@ -80,7 +81,7 @@ class Agent:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.control.stop)
             stack.push_async_callback(endpoints.stop)
-            client = await stack.enter_async_context(Client(config))
+            client = self.client = await stack.enter_async_context(Client(config))
             await endpoints.start(
                 self.options.healthz_bind_address, self.options.metrics_bind_address
             )

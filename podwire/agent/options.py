@@ -179,15 +179,21 @@ def read_kube_proxy_config(path: Path, options: Options) -> Options:
 
 
 def _conntrack(section: Mapping[str, Any]) -> ConntrackOptions:
-    def whole(name: str) -> int | None:
-        value = _duration_s(section.get(name), f"conntrack.{name}")
-        return None if value is None else int(value)
+    """Absent and null mean kube-proxy's defaults, 0 that the kernel's value stays."""
+
+    def given(name: str, default: object) -> Any:
+        value = section.get(name)
+        return default if value is None else value
+
+    def whole(name: str, default: str = "") -> int | None:
+        value = _duration_s(given(name, default) or None, f"conntrack.{name}")
+        return None if value is None else int(value) or None
 
     return ConntrackOptions(
-        max_per_core=section.get("maxPerCore", 32768),
-        min=section.get("min", 131072),
-        tcp_established_timeout_s=whole("tcpEstablishedTimeout"),
-        tcp_close_wait_timeout_s=whole("tcpCloseWaitTimeout"),
+        max_per_core=given("maxPerCore", 32768),
+        min=given("min", 131072),
+        tcp_established_timeout_s=whole("tcpEstablishedTimeout", "24h"),
+        tcp_close_wait_timeout_s=whole("tcpCloseWaitTimeout", "1h"),
         udp_timeout_s=whole("udpTimeout"),
         udp_stream_timeout_s=whole("udpStreamTimeout"),
         tcp_be_liberal=bool(section.get("tcpBeLiberal")),

@@ -188,7 +188,7 @@ def _add_conntrack(built: Built, options: Options) -> ConntrackRoom:
 
     async def run(agent: Any) -> None:
         agent.metrics.registry.register(room.collector)
-        await room.run()
+        await room.run(agent.client)
 
     built.tasks.append(run)
     return room

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from podwire.agent.conntrack import apply_options
+from podwire.agent.conntrack_metrics import ConntrackCollector
 from podwire.agent.options import ConntrackOptions
 from podwire.agent.reaping import ReapingPart
 from podwire.conntrack import facts, stale
@@ -80,7 +84,7 @@ def originals(table: Table) -> Counter[Any]:
     return Counter(each.original for each in table.entries())
 
 
-class Path:
+class Rules:
     """A data path that notes when it is told what."""
 
     requirements = ()
@@ -114,7 +118,7 @@ def test_stale_flows_go_and_nobody_elses(
         monkeypatch.setattr("podwire.kernel.ctnetlink.filters.abilities", lambda: none)
         monkeypatch.setattr(stale, "abilities", lambda: none)
     removals: list[Removal] = []
-    path = Path()
+    path = Rules()
     part = ReapingPart(path, removals.append, netns_fd)
     part.start()
     assert table.create(DEAD + ALIVE) == []
@@ -137,7 +141,7 @@ def test_stale_flows_go_and_nobody_elses(
 
 
 def test_an_endpoint_that_comes_back_keeps_its_flows(netns_fd: int, table: Table) -> None:
-    part = ReapingPart(Path(), lambda removal: None, netns_fd)
+    part = ReapingPart(Rules(), lambda removal: None, netns_fd)
     part.start()
     table.create(DEAD)
     part.apply(FULL)
@@ -151,7 +155,7 @@ def test_an_endpoint_that_comes_back_keeps_its_flows(netns_fd: int, table: Table
 def test_a_pass_that_failed_is_made_again(
     netns_fd: int, table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part = ReapingPart(Path(), lambda removal: None, netns_fd)
+    part = ReapingPart(Rules(), lambda removal: None, netns_fd)
     part.start()
     table.create(DEAD)
     part.apply(LESS)
@@ -338,3 +342,39 @@ def test_the_table_closes_what_it_opened(netns_fd: int) -> None:
         next(iter(table.entries()))
         next(iter(table.flow_counts()))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+METRIC = re.compile(r"\b(?:node_nf|podwire|kubeproxy)_conntrack_\w+")
+
+
+def test_dashboard_and_alerts_ask_for_what_is_exported(inspector: Inspector) -> None:
+    collector = ConntrackCollector(inspector, inspector)
+    collector.show(inspector.tally(), (32768, 60999))
+    registry = CollectorRegistry()
+    registry.register(collector)
+    text = generate_latest(registry).decode()
+    exported = set(re.findall(r"^([a-z_]+)[{ ]", text, re.MULTILINE))
+    for file in ("grafana-conntrack.json", "alerts-conntrack.yaml"):
+        asked = set(METRIC.findall((DEPLOY / file).read_text()))
+        assert len(asked) > 4
+        assert asked <= exported, asked - exported
+    values = dict(re.findall(r"^(\S+(?:\{.*\})?) (\S+)$", text, re.MULTILINE))
+    assert float(values["node_nf_conntrack_entries"]) == inspector.source.usage().used
+    services = values['podwire_conntrack_kind_entries{kind="service"}']
+    assert float(services) == len(DEAD) - 10 + 5  # without those from outside
+    assert values["podwire_conntrack_full_in_seconds"] == "+Inf"
+    service = 'podwire_conntrack_service_entries{namespace="default",service="web"}'
+    assert float(values[service]) == 5
+
+
+def test_removals_are_counted_under_kube_proxys_name(inspector: Inspector, table: Table) -> None:
+    collector = ConntrackCollector(inspector, inspector)
+    collector.removed(stale.remove(table, stale.judge_all(LESS)))
+    registry = CollectorRegistry()
+    registry.register(collector)
+    text = generate_latest(registry).decode()
+    name = "kubeproxy_conntrack_reconciler_deleted_entries_total"
+    assert f'{name}{{ip_family="IPv4"}} {len(DEAD)}.0' in text
+    assert f'{name}{{ip_family="IPv6"}} 0.0' in text
+    assert "kubeproxy_conntrack_reconciler_sync_duration_seconds_count 1.0" in text

@@ -251,6 +251,7 @@ def test_a_table_driven_to_full(lab: Lab) -> None:
         assert conntrack(lab, "status")["pressure"]
         assert alert_fires(fd["node/node1"])
         wait_for(lambda: any("% full" in r for r in lab.agent("node1", "/v1/status")["reasons"]))
+        wait_for(lambda: node_condition(lab)["status"] == "True")
         make_assured(table, flood)
         before = table.statistics()["drop"]
         with netns.socket(fd["b"], socket.AF_INET, socket.SOCK_DGRAM) as client:
@@ -268,6 +269,7 @@ def test_a_table_driven_to_full(lab: Lab) -> None:
         gone = conntrack(lab, "flush", pod="a", yes="1")
         assert gone["entries"] > limit * 0.9
         assert table.usage().used < limit / 2
+    wait_for(lambda: node_condition(lab)["status"] == "False")
 
 
 def grow(lab: Lab, flood: Flood, limit: int) -> list[tuple[float, float]]:
@@ -332,6 +334,11 @@ def alert_fires(fd: int) -> bool:
     values = dict(re.findall(r"^(node_nf_conntrack_entries\w*) (\S+)$", metrics, re.MULTILINE))
     used, limit = (float(values[f"node_nf_conntrack_entries{s}"]) for s in ("", "_limit"))
     return used / limit > 0.8
+
+
+def node_condition(lab: Lab) -> dict[str, Any]:
+    conditions = lab.api("GET", "/api/v1/nodes/node1")["status"]["conditions"]
+    return next((c for c in conditions if c["type"] == "ConntrackPressure"), {"status": ""})
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

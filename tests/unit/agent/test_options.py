@@ -48,6 +48,16 @@ def test_each_mode_has_its_own_node_port_default(tmp_path: Path) -> None:
     assert iptables.localhost_nodeports
 
 
+def test_conntrack_defaults_are_kube_proxys(tmp_path: Path) -> None:
+    found = read(tmp_path, "conntrack: {maxPerCore: null}\n").conntrack
+    assert (found.max_per_core, found.min) == (32768, 131072)
+    assert (found.tcp_established_timeout_s, found.tcp_close_wait_timeout_s) == (86400, 3600)
+    assert (found.udp_timeout_s, found.udp_stream_timeout_s) == (None, None)
+    left = read(tmp_path, "conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s}\n").conntrack
+    assert left.max_per_core == 0
+    assert left.tcp_established_timeout_s is None
+
+
 def test_ipvs_warns_and_becomes_nftables(tmp_path: Path) -> None:
     options = read(tmp_path, "mode: ipvs\n")
     assert options.datapath == "nftables"
