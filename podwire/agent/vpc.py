@@ -69,7 +69,9 @@ class VpcMode:
         self._imds = Imds(self._endpoint)
         self._invoke = LateInvoke(environment.get("AWS_ENDPOINT_URL_EC2", ""))
         metrics = Metrics()
-        self._links = EniLinks()
+        self._links = EniLinks(
+            mark=self.settings.connmark, diverted=self.settings.external_service_cidrs
+        )
         self.manager: Manager[Key] = Manager(
             Ec2(self._invoke, metrics.observe_call),
             self._imds,
@@ -190,7 +192,7 @@ class VpcMode:
 
     async def _keep(self) -> None:
         """Rules and settings as the VPC is now; put back what somebody changed."""
-        instance = await self.manager.identify()
+        self.manager.instance = instance = await self.manager.identify()  # its groups may change
         await asyncio.to_thread(self._program, instance)
 
     def _program(self, instance: Instance) -> None:

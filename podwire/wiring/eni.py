@@ -13,6 +13,7 @@ import asyncio
 import errno
 import threading
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from podwire.errors import KernelError
@@ -30,9 +31,10 @@ from podwire.wiring.veth import host_prefix
 
 # 1025-1534 are free for others.
 MARKED_PRIORITY = 1024
+DIVERTED_PRIORITY = 1535
 FROM_ENI_PRIORITY = 32765
 PRIMARY_MARK = 0x80
-_PRIORITIES = (MARKED_PRIORITY, FROM_ENI_PRIORITY)
+_PRIORITIES = (MARKED_PRIORITY, DIVERTED_PRIORITY, FROM_ENI_PRIORITY)
 
 _LOOK_AGAIN_S = 0.05
 _EVERYWHERE = Prefix(bytes(4), 0)
@@ -58,9 +60,25 @@ class Eni(Protocol):
 
 
 class EniLinks:
-    """The ENIs of the node's namespace (`netns_fd`; default: the caller's)."""
+    """The ENIs of the node's namespace (`netns_fd`; default: the caller's).
 
-    def __init__(self, netns_fd: int | None = None) -> None:
+    What carries `mark` leaves by the primary one, and so does what goes to one of `diverted`.
+    """
+
+    def __init__(
+        self,
+        netns_fd: int | None = None,
+        *,
+        mark: int = PRIMARY_MARK,
+        diverted: Sequence[Prefix] = (),
+    ) -> None:
+        self._primary_rules = [
+            Rule(MARKED_PRIORITY, TABLE_MAIN, mark=mark, mask=mark, protocol=KERNEL_PROTOCOL),
+            *(
+                rule.to_prefix(each, DIVERTED_PRIORITY, TABLE_MAIN, KERNEL_PROTOCOL)
+                for each in diverted
+            ),
+        ]
         self._sock = NetlinkSocket(netns_fd=netns_fd)
         self._lock = threading.Lock()
         self._enis: dict[str, Eni] = {}
@@ -88,7 +106,7 @@ class EniLinks:
         with self._lock:
             self._enis.pop(eni.mac, None)
             found = self._find(eni)
-            requests = [rule.delete(each).tolerating(errno.ENOENT) for each in _rules(eni)]
+            requests = [rule.delete(each).tolerating(errno.ENOENT) for each in self._rules(eni)]
             if found and not eni.primary:
                 for each in address.dump(self._sock, link=found.index):
                     if each.address == eni.address:
@@ -126,7 +144,7 @@ class EniLinks:
     def _differences(self, eni: Eni, found: Link) -> list[Request]:
         """Empty when all is as it should be."""
         held = [each for each in rule.dump(self._sock) if each.priority in _PRIORITIES]
-        requests = [rule.add(each) for each in _rules(eni) if each not in held]
+        requests = [rule.add(each) for each in self._rules(eni) if each not in held]
         if eni.primary:
             return requests
         if (found.mtu, found.up) != (eni.mtu, True):
@@ -148,27 +166,18 @@ class EniLinks:
         requests += [route.add(each, replace=True) for each in wanted if each not in routes]
         return requests
 
+    def _rules(self, eni: Eni) -> list[Rule]:
+        if eni.primary:
+            return self._primary_rules
+        prefix = host_prefix(eni.address)
+        return [rule.from_prefix(prefix, FROM_ENI_PRIORITY, eni.table, KERNEL_PROTOCOL)]
+
     def status(self) -> dict[str, object]:
         """MAC → address and table."""
         return {
             mac: f"{format_address(eni.address)} table {eni.table}"
             for mac, eni in self._enis.items()
         }
-
-
-def _rules(eni: Eni) -> list[Rule]:
-    if eni.primary:
-        return [
-            Rule(
-                MARKED_PRIORITY,
-                TABLE_MAIN,
-                mark=PRIMARY_MARK,
-                mask=PRIMARY_MARK,
-                protocol=KERNEL_PROTOCOL,
-            )
-        ]
-    prefix = host_prefix(eni.address)
-    return [rule.from_prefix(prefix, FROM_ENI_PRIORITY, eni.table, KERNEL_PROTOCOL)]
 
 
 def _routes(eni: Eni, index: int) -> list[Route]:

@@ -126,3 +126,14 @@ def test_a_link_that_comes_late_or_never(enis: EniLinks, sock: NetlinkSocket) ->
         asyncio.run(enis.set_up(never, 0))
     assert caught.value.errno == errno.ENODEV
     enis.close()
+
+
+def test_diverted_cidrs_and_another_mark(enis: EniLinks, netns_fd: int) -> None:
+    other = EniLinks(netns_fd, mark=0x40, diverted=[P("203.0.113.0/24")])
+    asyncio.run(other.set_up(PRIMARY, 1))
+    held = rules(netns_fd)
+    assert any(r.startswith("1024:") and "fwmark 0x40/0x40" in r for r in held)
+    assert any(r.startswith("1535:") and "to 203.0.113.0/24" in r for r in held)
+    asyncio.run(other.tear_down(PRIMARY))
+    assert not any(r.startswith("1535:") for r in rules(netns_fd))
+    other.close()

@@ -12,9 +12,9 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from podwire.ipam.pool import Exhausted
 from podwire.ipam.vpc import plan
@@ -23,14 +23,12 @@ from podwire.ipam.vpc.datastore import Assignment, DataStore
 from podwire.ipam.vpc.limits import PREFIX_ADDRESSES, known_limits
 from podwire.ipam.vpc.links import HostNetwork
 from podwire.ipam.vpc.metrics import Metrics
-from podwire.ipam.vpc.pool import Need, PoolStats, need, surplus
+from podwire.ipam.vpc.pool import Need, PoolStats, need, slots_per_eni
 from podwire.ipam.vpc.retry import Backoff, retried
 from podwire.ipam.vpc.settings import Settings
 from podwire.ipam.vpc.steps import Context, Steps
 from podwire.ipam.vpc.subnets import Subnets
-from podwire.ipam.vpc.sweeper import sweep
-from podwire.ipam.vpc.tags import unmanaged
-from podwire.net import Prefix
+from podwire.ipam.vpc.upkeep import COMPARE_EVERY_S, LOOK_AGAIN_S, Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +36,6 @@ OwnerT = TypeVar("OwnerT", bound=Hashable)
 
 GATHER_S = 0.02  # ADDs that come together are one request
 REFILL_S = 1.0  # what is only kept warm may wait for more of its kind
-SHRINK_EVERY_S = 30.0
-COMPARE_EVERY_S = 60.0
-LOOK_AGAIN_S = 5.0
-SWEEP_EVERY_S = 3600.0
-SETTLED_S = 60.0  # age from which an ENI is worth the request that ties it to the instance
 PATIENCE = 1 << 30  # tries of what nothing can go on without
 FAILED = "failed to assign an IP address to container"  # what users search for
 
@@ -97,9 +90,7 @@ class Manager(Generic[OwnerT]):
         self._backoff = Backoff(self._random)
         self._paused_until = 0.0
         self._short_since: float | None = None
-        self._shrink_at = self._compare_at = self._sweep_at = 0.0
-        self._must_ask_ec2 = False
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._loop: asyncio.Task[None] | None = None
 
     # -- life -------------------------------------------------------------------------------
 
@@ -116,7 +107,7 @@ class Manager(Generic[OwnerT]):
         self.instance = await self.identify()
         known = known_limits(self.instance.type)
         self.limits = known or await retried(
-            lambda: self._cloud.limits(self.instance.type), Backoff(self._random), PATIENCE
+            lambda: self._cloud.limits(self.instance.type), Backoff(self._random), PATIENCE, True
         )
         self.subnets = Subnets(
             self._cloud,
@@ -125,23 +116,34 @@ class Manager(Generic[OwnerT]):
             self._clock,
             custom=lambda: self.node.eni_config_subnet,
         )
-        self.steps = Steps(
-            Context(
-                cloud=self._cloud,
-                network=self._network,
-                store=self.store,
-                subnets=self.subnets,
-                settings=self.settings,
-                instance=self.instance,
-                groups=self._groups,
-                now=self._clock,
-                wall=self._wall,
-                randomness=self._random,
-                reports=self,
-            )
+        context = Context(
+            cloud=self._cloud,
+            network=self._network,
+            store=self.store,
+            subnets=self.subnets,
+            settings=self.settings,
+            instance=self.instance,
+            groups=self._groups,
+            now=self._clock,
+            wall=self._wall,
+            randomness=self._random,
+            reports=self,
         )
-        now = self._clock()
-        self._compare_at = now + COMPARE_EVERY_S
+        self.steps = Steps(context)
+        self.upkeep = Upkeep(
+            context,
+            self.steps,
+            self._metadata,
+            self.limits,
+            self.metrics,
+            stats=self.stats,
+            wake=self._wake.set,
+        )
+        await self._adopt_all()
+        self._loop = asyncio.create_task(self._run())
+
+    async def _adopt_all(self) -> None:
+        """Take over the ENIs that are there."""
         shown = await retried(self._metadata.enis, Backoff(self._random), PATIENCE)
         records = [self._from_metadata(eni) for eni in shown]
         try:
@@ -149,18 +151,17 @@ class Manager(Generic[OwnerT]):
             if len(shown) > 1:  # of the primary ENI alone EC2 knows nothing that matters
                 records = await self._cloud.attached_enis(self.instance.id)
         except CloudError as error:
-            self._note(error)
-            self.look_at_ec2_soon()
+            self.note(error)
+            self.upkeep.look_at_ec2_soon()
         for record in sorted(records, key=lambda record: record.device_index or 0):
             await self.steps.adopt(record)
-        self._shrink_at = now + SHRINK_EVERY_S
-        self._sweep_at = now + self._random.uniform(LOOK_AGAIN_S, 300)
-        self._tasks["loop"] = asyncio.create_task(self._run())
 
     async def close(self) -> None:
         """Stop. Steps under way are cut off; what they leave is found at the next start."""
         tasks = [flight.task for flight in self.steps.flights if flight.task]
-        tasks += self._tasks.values()
+        tasks += self.upkeep.tasks.values()
+        if self._loop is not None:
+            tasks.append(self._loop)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -267,7 +268,9 @@ class Manager(Generic[OwnerT]):
         """Serve, grow, refuse, and what no pod waits for. Returns seconds until the next look."""
         now = self._clock()
         self._serve()
-        due = [self._grow(now), *self._housekeeping(now)]
+        due = [self._grow(now)]
+        quiet = not self._waiters and now >= self._paused_until
+        due += self.upkeep.look(now, quiet)
         self._refuse(now)
         if wakes := self.store.wake():
             due.append(wakes)
@@ -350,7 +353,7 @@ class Manager(Generic[OwnerT]):
 
     @property
     def _slots(self) -> int:
-        return 1 if self.settings.ipv6 else self.limits.slots_per_eni
+        return slots_per_eni(self.settings, self.limits)
 
     def _room(self, prefixes: bool) -> int:
         """ENIs that may be attached now."""
@@ -364,7 +367,7 @@ class Manager(Generic[OwnerT]):
     def _refuse(self, now: float) -> None:
         """Tell those who wait in vain: nothing is on its way and nothing can be asked for."""
         stats = self.stats()
-        if not stats.waiting or now < self._paused_until or self._must_ask_ec2:
+        if not stats.waiting or now < self._paused_until or self.upkeep.must_ask_ec2:
             return
         if self.steps.flights or self._plan(*self._wanted(stats)):
             return
@@ -374,128 +377,6 @@ class Manager(Generic[OwnerT]):
                 continue  # an address that rests will be free in time
             self.metrics.no_address.inc()
             waiter.future.set_exception(Exhausted(self._why_exhausted()))
-
-    # -- what no pod waits for --------------------------------------------------------------
-
-    def _housekeeping(self, now: float) -> list[float]:
-        """Compare, shrink, sweep, tie ENIs to the instance. Returns when each is due again."""
-        if now >= self._compare_at:
-            self._compare_at = now + COMPARE_EVERY_S
-            self._background("compare", self._compare)
-        if now >= self._sweep_at or self.steps.orphans_likely:
-            self.steps.orphans_likely = False
-            self._sweep_at = now + SWEEP_EVERY_S + self._random.uniform(0, 300)
-            self._background("sweep", self._sweep)
-        due = [self._compare_at, self._sweep_at]
-        if self._waiters or now < self._paused_until:
-            return due
-        if now >= self._shrink_at and not self.steps.flights:
-            self._shrink_at = now + SHRINK_EVERY_S
-            self._shrink()
-        return [*due, max(self._shrink_at, now + 1), self._tie(now)]
-
-    def _background(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run `work` as a task, unless the last one of that name still runs."""
-        running = self._tasks.get(name)
-        if running is None or running.done():
-            self._tasks[name] = asyncio.create_task(self._guarded(name, work))
-
-    async def _guarded(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        try:
-            await work()
-        except CloudError as error:
-            self._note(error)
-            again = self._clock() + LOOK_AGAIN_S * self._random.uniform(0.5, 1.5)
-            if name == "compare":
-                self._compare_at = min(self._compare_at, again)
-            else:
-                self._sweep_at = min(self._sweep_at, again + SETTLED_S)
-        self._wake.set()
-
-    async def _compare(self) -> None:
-        """Hold the books against the metadata service, and against EC2 when they differ."""
-        await self.steps.mend()
-        if not self._must_ask_ec2 and self._same(await self._metadata.enis()):
-            return
-        self._must_ask_ec2 = True
-        asked_at = self.store.turn
-        records = await self._cloud.attached_enis(self.instance.id)
-        self._must_ask_ec2 = False
-        self.metrics.reconciles.labels("ec2").inc()
-        busy = {flight.eni for flight in self.steps.flights} | self.steps.own
-        for eni_id in busy:
-            self.store.touch(eni_id)
-        changes = self.store.observe((r for r in records if r.id not in busy), asked_at)
-        for record in changes.new:
-            await self.steps.adopt(record)
-        for record in changes.lost:
-            log.warning("ENI %s is gone from EC2; pods on it are cut off", record.id)
-            self.metrics.forced_enis.inc()
-            await self.steps.tear_down(record)
-        self.metrics.forced_ips.inc(changes.lost_cidrs)
-        if changes.doubtful:
-            self.look_at_ec2_soon(LOOK_AGAIN_S)
-
-    def _same(self, seen: Sequence[MetaEni]) -> bool:
-        """Whether the metadata service shows what the books hold. It may lag behind."""
-        shown = {eni.id: eni.cidrs for eni in seen}
-        return shown == {id: frozenset(eni.cidrs) for id, eni in self.store.enis.items()}
-
-    def _shrink(self) -> None:
-        """Give back what the targets do not ask for: whole ENIs first, then single units."""
-        usable = [eni for eni in self.store.enis.values() if eni.usable]
-        views = [self.store.view(eni, self._slots) for eni in usable]
-        for eni_id in plan.enis_to_release(views, self.stats(), self.settings, self.limits):
-            self.steps.let_go(eni_id)
-        if not self.subnets.all_fragmented():
-            for eni in filter(lambda eni: eni.record.id in self.store.enis, usable):
-                idle = self.store.idle_cidrs(eni.record.id)
-                if wrong := [cidr for cidr in idle if not self._right_kind(cidr)]:
-                    self.steps.give_back(eni.record.id, wrong)
-        over = surplus(self.stats(), self.settings)
-        for eni in sorted(usable, key=lambda eni: eni.order, reverse=True):
-            if eni.record.id in self.store.enis and over > 0:
-                idle = self.store.idle_cidrs(eni.record.id)
-                right = [cidr for cidr in idle if self._right_kind(cidr)][:over]
-                over -= len(right)
-                if right:
-                    self.steps.give_back(eni.record.id, right)
-
-    def _right_kind(self, cidr: Prefix) -> bool:
-        """Whether it is what the settings ask for, now that prefix delegation is on or off."""
-        return (
-            cidr.bits == 128
-            or self.settings.ipv6
-            or (cidr.length < cidr.bits) == self.settings.prefix_delegation
-        )
-
-    async def _sweep(self) -> None:
-        if self.settings.disable_leaked_eni_cleanup:
-            return
-        again = await sweep(
-            self._cloud, self.settings, self.instance, busy=self.steps.own, now=self._wall()
-        )
-        if again:
-            self._sweep_at = min(self._sweep_at, self._clock() + SETTLED_S)
-
-    def _tie(self, now: float) -> float:
-        """Tie ENIs that stay to the instance, so that they end with it. Returns when next.
-
-        EC2 wants a request of its own for it: not while pods wait, not for ENIs that go soon.
-        """
-        due = now + COMPARE_EVERY_S
-        for id, eni in self.store.enis.items():
-            record = eni.record
-            if record.primary or record.delete_on_termination or not record.attachment_id:
-                continue
-            if unmanaged(record, self.settings) or any(f.eni == id for f in self.steps.flights):
-                continue
-            at = max(eni.added + SETTLED_S, eni.tie_after)
-            if now >= at:
-                self.steps.tie(id)
-            else:
-                due = min(due, at)
-        return due
 
     # -- what steps report ------------------------------------------------------------------
 
@@ -509,19 +390,14 @@ class Manager(Generic[OwnerT]):
 
     def failed(self, error: Exception) -> None:
         """EC2 or the kernel complains: nothing new is asked for a while."""
-        self._note(error)
+        self.note(error)
         self._paused_until = max(self._paused_until, self._clock() + self._backoff.next())
         if not isinstance(error, CloudError) or error.out_of_step or error.unanswered:
-            self.look_at_ec2_soon()
+            self.upkeep.look_at_ec2_soon()
         self._wake.set()
 
-    def look_at_ec2_soon(self, delay_s: float = 0.0) -> None:
-        """The books may differ from EC2."""
-        self._must_ask_ec2 = True
-        self._compare_at = min(self._compare_at, self._clock() + delay_s)
-        self._wake.set()
-
-    def _note(self, error: Exception) -> None:
+    def note(self, error: Exception) -> None:
+        """For people and for ADDs that give up."""
         self.last_error = str(error)
         self.metrics.errors.labels(getattr(error, "operation", "network")).inc()
         log.warning("%s", error)

@@ -101,6 +101,11 @@ def surplus(stats: PoolStats, settings: Settings) -> int:
     return 0
 
 
+def slots_per_eni(settings: Settings, limits: InstanceLimits) -> int:
+    """Addresses or prefixes that we ask for on one ENI: of /80s one is plenty."""
+    return 1 if settings.ipv6 else limits.slots_per_eni
+
+
 def eni_is_surplus(
     stats: PoolStats, settings: Settings, limits: InstanceLimits, eni_total: int
 ) -> bool:

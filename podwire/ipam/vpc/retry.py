@@ -28,16 +28,19 @@ class Backoff:
         self._failures = 0
 
 
-async def retried(call: Callable[[], Awaitable[T]], backoff: Backoff, tries: int) -> T:
+async def retried(
+    call: Callable[[], Awaitable[T]], backoff: Backoff, tries: int, also_throttled: bool = False
+) -> T:
     """The answer to `call`, asked again while nobody answers.
 
-    Not when EC2 throttles: it wants fewer requests, and whoever asks knows how to wait.
+    When EC2 throttles it wants fewer requests, and most who ask know how to wait.
     """
     for left in range(tries - 1, -1, -1):
         try:
             return await call()
         except CloudError as error:
-            if not left or not error.unanswered:
+            again = error.unanswered or (also_throttled and error.throttled)
+            if not left or not again:
                 raise
         await asyncio.sleep(backoff.next())
     raise AssertionError("no tries")

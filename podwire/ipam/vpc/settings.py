@@ -86,12 +86,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    prefix = settings.veth_prefix
-    if not 1 <= len(prefix) <= 4 or prefix in ("eth", "vlan", "lo"):
-        raise ConfigError(
-            "AWS_VPC_K8S_CNI_VETHPREFIX: 1 to 4 characters, and not eth, vlan or lo",
-            field=prefix,
-        )
+    if settings.veth_prefix != "eni":  # rules and the wiring know pods' links by it
+        raise ConfigError("AWS_VPC_K8S_CNI_VETHPREFIX: only eni", field=settings.veth_prefix)
+    if settings.connmark.bit_count() != 1:
+        raise ConfigError(f"AWS_VPC_K8S_CNI_CONNMARK: {settings.connmark:#x} is not one bit")
     least = 1280 if settings.ipv6 else 576
     if not least <= settings.mtu <= 9001:
         raise ConfigError(f"AWS_VPC_ENI_MTU: {settings.mtu} is not in {least}..9001")

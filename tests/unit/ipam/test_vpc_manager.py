@@ -516,7 +516,7 @@ def test_an_unassignment_under_way_is_not_undone_by_an_answer_from_before_it() -
             manager.release(pod)
         world.cloud.faults.add(Fault("Unassign*", delay_s=20.0))
         await world.until(lambda: any("unassign" in f.what for f in manager.steps.flights))
-        manager.look_at_ec2_soon()
+        manager.upkeep.look_at_ec2_soon()
         await asyncio.sleep(2)
         answers = await world.assign_all(*pods(6, "new"))
         await asyncio.sleep(30)

@@ -43,7 +43,7 @@ def test_reads_the_names_users_know() -> None:
     [
         ("WARM_ENI_TARGET", "many"),
         ("IP_COOLDOWN_PERIOD", "-1"),
-        ("AWS_VPC_K8S_CNI_VETHPREFIX", "toolong"),
+        ("AWS_VPC_K8S_CNI_CONNMARK", "0x60"),
         ("AWS_VPC_K8S_CNI_VETHPREFIX", "vlan"),
         ("AWS_VPC_ENI_MTU", "575"),
         ("AWS_VPC_ENI_MTU", "9002"),
