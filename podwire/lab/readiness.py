@@ -71,7 +71,7 @@ class Readiness:
         pods = lab.items("/api/v1/pods")
         missing = [f"pod {_name(p)}: {_why(p)}" for p in pods if not is_ready(p)]
         if not missing:
-            missing = _behind(lab)
+            missing = _unlisted(lab, pods) or _behind(lab)
         return cls(counts, (sum(map(is_ready, pods)), len(pods)), tuple(missing))
 
 
@@ -93,6 +93,39 @@ def _unready_pods(lab: Lab) -> list[str]:
     """The pods behind the unready workloads, for the list that a timeout prints."""
     summary = lab.runtime_summary()
     return [f"pod {line}" for line in summary["waiting"][:20]]
+
+
+def _unlisted(lab: Lab, pods: Iterable[Json]) -> list[str]:
+    """Services whose EndpointSlices do not yet name all ready pods: the controller follows."""
+    named: dict[tuple[str, str], set[str]] = {}
+    for endpoint_slice in lab.items("/apis/discovery.k8s.io/v1/endpointslices"):
+        labels: Json = endpoint_slice["metadata"].get("labels") or {}
+        owner: str = labels.get("kubernetes.io/service-name", "")
+        names = named.setdefault((endpoint_slice["metadata"]["namespace"], owner), set())
+        endpoints: list[Json] = endpoint_slice.get("endpoints") or []
+        for endpoint in endpoints:
+            conditions: Json = endpoint.get("conditions") or {}
+            target: Json = endpoint.get("targetRef") or {}
+            if conditions.get("ready", True):
+                names.add(target.get("name", ""))
+    by_namespace: dict[str, list[Json]] = {}
+    for pod in pods:
+        if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]:
+            by_namespace.setdefault(pod["metadata"]["namespace"], []).append(pod)
+    missing: list[str] = []
+    for service in lab.items("/api/v1/services"):
+        selector = service["spec"].get("selector")
+        if not selector:
+            continue
+        namespace, name = service["metadata"]["namespace"], service["metadata"]["name"]
+        wanted = {
+            pod["metadata"]["name"]
+            for pod in by_namespace.get(namespace, ())
+            if selector.items() <= (pod["metadata"].get("labels") or {}).items()
+        }
+        if wanted - named.get((namespace, name), set()):
+            missing.append(f"Service {namespace}/{name}: endpoints of ready pods are missing")
+    return missing
 
 
 def _behind(lab: Lab) -> list[str]:

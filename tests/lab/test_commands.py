@@ -64,7 +64,7 @@ def test_up_waits_until_all_is_ready(up: subprocess.CompletedProcess[str]) -> No
     assert f"lab {NAME} is up: 2 nodes" in up.stdout
     assert "nothing here acts on it: Teapot" in up.stdout
     assert "\x1b" not in up.stdout  # not a terminal: plain
-    listed = podwire("lab", "ls").stdout
+    listed = podwire("lab", "ls", "--name", NAME).stdout
     assert listed.count("Running") >= 2
     assert "NotReady" not in listed
     assert podwire("lab", "status").returncode == 0
