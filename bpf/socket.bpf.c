@@ -8,6 +8,7 @@
  */
 #define PODWIRE_NO_PACKETS
 #include "service.h"
+#include "socket.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -26,25 +27,6 @@ struct {
 	__type(key, __u64);
 	__type(value, struct pod_namespace);
 } namespaces SEC(".maps");
-
-struct remote {
-	struct address address;
-	__be16 port;
-	__u8 pad[6];
-};
-
-/* What a connected socket was meant to reach. Lives and dies with the socket. */
-struct origin_of_socket {
-	struct remote frontend;
-	struct remote backend;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct origin_of_socket);
-} socket_origins SEC(".maps");
 
 /* Unconnected UDP: per socket and remote, the other name of it. `outward`: from frontend to the backend
  * it got, so that one socket stays with one backend; otherwise back. The oldest go first: a socket may
@@ -88,11 +70,6 @@ static __always_inline void write_remote(struct bpf_sock_addr *ctx, bool ipv4, c
 		ctx->user_ip6[3] = r->address.words[3];
 	}
 	ctx->user_port = r->port;
-}
-
-static __always_inline bool same_remote(const struct remote *a, const struct remote *b)
-{
-	return same_address(&a->address, &b->address) && a->port == b->port;
 }
 
 /* What `choose` says of a connection to `frontend`; `backend` is filled when it translates here. */

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 
-from podwire.agent.logs import event
 from podwire.agent.options import Options
 from podwire.agent.pods import Gate
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
-from podwire.datapath.ebpf.programs import Programs, netns_cookie
-from podwire.errors import KernelError
-from podwire.kernel import netns
+from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel.bpf import features
 from podwire.wiring import Attachment
 
@@ -69,22 +65,5 @@ def _link(attachment: Attachment) -> PodLink:
         attachment.host_mac,
         attachment.mac,
         tuple(each.address for each in attachment.addresses),
-        _netns_cookie(attachment.netns),
+        attachment.netns,
     )
-
-
-def _netns_cookie(path: str) -> int:
-    """0 when the namespace is gone: its sockets are, too."""
-    try:
-        fd = netns.open_path(path)
-    except KernelError:
-        return 0
-    try:
-        return netns_cookie(fd)
-    finally:
-        os.close(fd)
-
-
-def fall_back(reason: str) -> None:
-    """The one line that says why `--datapath auto` is not eBPF."""
-    event(log, logging.INFO, "eBPF is not to be had here, nftables serves", lacks=reason)

@@ -1,6 +1,7 @@
 """Services at the socket, in a cgroup of the test's own: TCP and UDP, both families."""
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
-from podwire.datapath.ebpf.programs import OBJECTS, Programs, netns_cookie
+from podwire.datapath.ebpf.programs import OBJECTS, Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
 from podwire.kernel.bpf import features
@@ -44,7 +45,7 @@ def world():
                 made.ifindex(f"pod{n}"),
                 *(bytes.fromhex(m[n].replace(":", "")) for m in (HOST_MAC, MAC)),
                 tuple(parse_address(text) for text in POD[n].values()),
-                netns_cookie(made.spaces[f"pod{n}"]),
+                f"/proc/{os.getpid()}/fd/{made.spaces[f'pod{n}']}",
             )
             for n in (1, 2)
         )
@@ -198,3 +199,36 @@ def test_a_pod_that_gets_itself_sees_the_node_and_strangers_are_left_alone(world
 
     assert inside(world, "pod1", talk) == (NODE[4], VIP[4])
     assert inside(world, "outside", talk)[1] == VIP[4]
+
+
+@pytest.mark.skipif(not features.has_kfunc("bpf_sock_destroy"), reason="no bpf_sock_destroy")
+@pytest.mark.parametrize("space", ["pod2", "node"])
+def test_a_connected_udp_socket_is_closed_when_its_backend_goes(world, space):
+    both = {"family": 4, "protocol": Protocol.UDP}
+    world.part.apply(make_table([make_port("dns", 80, [POD[1][4]], **both)]))
+    (paused, pause), (go_on, resume) = os.pipe(), os.pipe()
+
+    def talk():
+        with opened(4, socket.SOCK_DGRAM) as led, opened(4, socket.SOCK_DGRAM) as direct:
+            led.connect((VIP[4], 80))
+            direct.connect((POD[1][4], 80))
+            os.write(pause, b"x")
+            os.read(go_on, 1)
+            direct.send(b"who")
+            answer = direct.recv(100).decode().split()[0]
+            try:
+                led.send(b"who")
+                return answer, led.recv(100)
+            except OSError as error:
+                return answer, error.errno
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(inside, world, space, talk)
+        os.read(paused, 1)
+        world.part.apply(make_table([make_port("dns", 80, [REMOTE[4]], **both)]))
+        os.write(resume, b"x")
+        direct, led = answer.result(timeout=20)
+    for fd in (paused, pause, go_on, resume):
+        os.close(fd)
+    assert direct == POD[1][4]
+    assert led in (errno.ECONNABORTED, errno.ENOTCONN, errno.EDESTADDRREQ)

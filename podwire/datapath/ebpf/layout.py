@@ -27,6 +27,7 @@ CONNECTION = struct.Struct("=40sIIBB6x")  # to, seen_s, service, state, flags
 INTERFACE = struct.Struct("=16s16sI6s6x")  # addresses, flags, mac
 ENDPOINT = struct.Struct("=I6s6s")  # interface, mac, host_mac
 EVENT = struct.Struct("=QIIIII4x40s")  # time, reason, interface, rule, peer, egress, flow
+REMOTE = struct.Struct("=16s2s6x")  # address, port
 RULE_KEY = struct.Struct("=IIIBx2s")  # length, rule set, identity, protocol, port
 RULE = struct.Struct("=II")  # verdict, policy
 SUBJECT = struct.Struct("=II")  # ingress, egress rule set

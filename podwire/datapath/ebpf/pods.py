@@ -6,6 +6,7 @@ A pod's packets are checked for its own addresses, and go straight into the othe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,22 +19,24 @@ from podwire.datapath.ebpf.layout import (
     InterfaceFlag,
     mapped,
 )
-from podwire.datapath.ebpf.programs import Programs
+from podwire.datapath.ebpf.programs import Programs, netns_cookie
+from podwire.errors import KernelError
+from podwire.kernel import netns
 from podwire.net import Address
 
 
 class PodLink(NamedTuple):
     """A pod's veth: index and MAC of the host's end, MAC and addresses of the pod's.
 
-    `netns_cookie` is `programs.netns_cookie` of its namespace; 0: its sockets are left alone, and
-    Services are balanced packet by packet.
+    `netns` is the path of its namespace; "": its sockets are left alone, and Services are balanced
+    packet by packet.
     """
 
     ifindex: int
     host_mac: bytes
     mac: bytes
     addresses: tuple[Address, ...]
-    netns_cookie: int = 0
+    netns: str = ""
 
 
 class EbpfPods:
@@ -47,6 +50,7 @@ class EbpfPods:
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
         self._links: dict[int, PodLink] = {}
+        self._cookies: dict[int, int] = {}
 
     def start(self) -> None:
         """Load and attach. Raises Unsupported or KernelError."""
@@ -59,10 +63,13 @@ class EbpfPods:
             return
         write_interface(self._programs, pod.ifindex, pod.addresses, pod.mac)
         self._programs.add_pod(pod.ifindex)
-        if pod.netns_cookie:
+        cookie = _cookie(pod.netns)
+        if cookie:
             self._programs.maps["namespaces"].update(
-                COOKIE.pack(pod.netns_cookie), b"".join(_both(pod.addresses))
+                COOKIE.pack(cookie), b"".join(_both(pod.addresses))
             )
+            self._programs.namespaces[pod.ifindex] = pod.netns
+            self._cookies[pod.ifindex] = cookie
         value = ENDPOINT.pack(pod.ifindex, pod.mac, pod.host_mac)
         self._programs.maps["endpoints"].update_batch(
             (mapped(address), value) for address in pod.addresses
@@ -76,7 +83,9 @@ class EbpfPods:
             endpoints = self._programs.maps["endpoints"]
             endpoints.delete_batch([mapped(address) for address in pod.addresses])
             self._programs.maps["interfaces"].delete(NUMBER.pack(ifindex))
-            self._programs.maps["namespaces"].delete(COOKIE.pack(pod.netns_cookie))
+            self._programs.namespaces.pop(ifindex, None)
+            cookie = self._cookies.pop(ifindex, 0)
+            self._programs.maps["namespaces"].delete(COOKIE.pack(cookie))
         self._programs.remove_pod(ifindex)
 
     def replace(self, pods: Iterable[PodLink]) -> None:
@@ -113,3 +122,17 @@ def _both(addresses: Iterable[Address]) -> tuple[bytes, bytes]:
     """The IPv4 and the IPv6 address as the maps want them; zero where there is none."""
     by_size = {len(address): mapped(address) for address in addresses}
     return by_size.get(4, bytes(16)), by_size.get(16, bytes(16))
+
+
+def _cookie(path: str) -> int:
+    """0 for a namespace that is not known, or gone."""
+    if not path:
+        return 0
+    try:
+        fd = netns.open_path(path)
+    except KernelError:
+        return 0
+    try:
+        return netns_cookie(fd)
+    finally:
+        os.close(fd)

@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from podwire.datapath.ebpf.connections import Connections
@@ -28,6 +28,7 @@ from podwire.datapath.ebpf.layout import (
     NUMBER,
     PREFIX_KEY,
     RANGE_KEY,
+    REMOTE,
     RULE,
     RULE_KEY,
     SETTINGS,
@@ -103,6 +104,8 @@ class Programs:
         self._objects: dict[str, LoadedObject] = {}
         self._links: dict[str, Link] = {}
         self._pods: set[int] = set()
+        self.namespaces: dict[int, str] = {}
+        """Paths of pods' network namespaces, by the host's end of their veths."""
         self._node: dict[int, Address] = {}
         self._detect = DetectBy.NONE
         self.maps: dict[str, Map] = {}
@@ -248,6 +251,26 @@ class Programs:
         """The connection table."""
         return Connections(self)
 
+    def close_sockets(self, remotes: Collection[tuple[Address, bytes]]) -> None:
+        """Close connected UDP sockets that a Service led to one of these (address, packed port).
+
+        In the node's namespace and those of known pods; nothing on kernels before 6.5.
+        """
+        if "terminate" not in self._objects or self._cgroup is None:
+            return
+        gone = self.maps["gone"]
+        keys = [REMOTE.pack(mapped(address), port) for address, port in remotes]
+        gone.update_batch((key, b"\1") for key in keys)
+        link = Link.iterator(self.program("terminate"))
+        try:
+            with netns.entered(self._netns_fd):
+                link.run()
+            for path in self.namespaces.values():
+                _run_in(path, link)
+        finally:
+            link.close()
+            gone.delete_batch(keys)
+
     def _keep_house(self) -> None:
         with self.lock:
             self.connections.maintain()
@@ -259,6 +282,8 @@ class Programs:
         loaded: dict[str, LoadedObject] = {}
         for path in sorted(OBJECTS.glob("*.bpf.o")):
             name = path.name.removesuffix(".bpf.o")
+            if name == "terminate" and not features.has_kfunc("bpf_sock_destroy"):
+                continue
             loaded[name] = self._load_object(path)
         if not loaded:
             raise Unsupported(f"no compiled eBPF programs in {OBJECTS}: run tools/setup with clang")
@@ -388,6 +413,19 @@ class Programs:
 
     def _names(self, ifindex: int) -> Iterable[str]:
         return (name for name in self._links if name.split("-")[1] == str(ifindex))
+
+
+def _run_in(path: str, link: Link) -> None:
+    """Walk the sockets of the namespace at `path`; those of one that is gone are, too."""
+    try:
+        fd = netns.open_path(path)
+    except KernelError:
+        return
+    try:
+        with netns.entered(fd):
+            link.run()
+    finally:
+        os.close(fd)
 
 
 def outcomes(counters: Map) -> dict[str, int]:

@@ -196,14 +196,17 @@ class ServicesPart:
 
     def _forget_stale(self, ports: _Changes) -> None:
         """UDP flows to backends that serve no more would go on into the void: end them."""
-        doomed = [
-            MEMBER_KEY.pack(mapped(b[:-2]), self._leases[name].service, b[-2:], 0)
+        gone = [
+            (self._leases[name].service, backend)
             for name, (old, new) in ports.items()
             if old and name.protocol == Protocol.UDP
-            for b in set(old.serving).difference(new.serving if new else ())
+            for backend in set(old.serving).difference(new.serving if new else ())
         ]
-        if doomed:
-            self.connections.forget(doomed)
+        if gone:
+            self.connections.forget(
+                [MEMBER_KEY.pack(mapped(b[:-2]), service, b[-2:], 0) for service, b in gone]
+            )
+            self._programs.close_sockets({(b[:-2], b[-2:]) for _, b in gone})
 
     # --- everything ----------------------------------------------------------------------------
 

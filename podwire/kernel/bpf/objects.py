@@ -111,6 +111,8 @@ class ObjectSpec:
 
         Raises KeyError for a name that the file lacks.
         """
+        if not values:
+            return
         lib = _libbpf()
         size = ctypes.c_size_t()
         section = next((m for m in self._maps if m.endswith(".rodata")), None)
