@@ -53,6 +53,7 @@ class ServiceCompiler:
         self._config = config
         self._services: dict[Key, Service] = {}
         self._slices: dict[Key, tuple[EndpointSlice, ...]] = {}
+        self._said: dict[Key, tuple[EndpointSlice, SliceEndpoints | None]] = {}
         self._specs: dict[Key, tuple[PortSpec, ...]] = {}
         self._names: dict[Key, tuple[ServicePortName, ...]] = {}
         self._claims: dict[Claim, _Rank | list[_Rank]] = {}
@@ -129,6 +130,7 @@ class ServiceCompiler:
             else:
                 self._slices.pop(before, None)
             self._problems.pop(f"EndpointSlice {old.metadata.namespace}/{name}", None)
+            self._said.pop(old.key, None)
             yield before
         if after is not None and new is not None:
             self._slices[after] = (*self._slices.get(after, ()), new)
@@ -136,18 +138,29 @@ class ServiceCompiler:
 
     def _read_slices(self, key: Key) -> list[SliceEndpoints]:
         """What the slices of a served Service say."""
-        node_name, served = self._settings.node.name, key in self._specs
+        served, slices = key in self._specs, self._slices.get(key, ())
         read: list[SliceEndpoints] = []
-        for slice_ in self._slices.get(key, ()):
+        for slice_ in slices:
             name = f"EndpointSlice {slice_.metadata.namespace}/{slice_.metadata.name}"
             self._problems.pop(name, None)
-            said = endpoints.read_slice(slice_, node_name) if served else None
+            said = self._read_slice(slice_, keep=len(slices) > 1) if served else None
             if said is None:
                 continue
             read.append(said)
             if said.problem:
                 self._note(name, said.problem)
         return read
+
+    def _read_slice(self, slice_: EndpointSlice, *, keep: bool) -> SliceEndpoints | None:
+        """What a slice says; kept where the Service has others that may change without it."""
+        key = slice_.key
+        kept = self._said.get(key)
+        if kept is not None and kept[0] is slice_:
+            return kept[1]
+        said = endpoints.read_slice(slice_, self._settings.node.name)
+        if keep:
+            self._said[key] = (slice_, said)
+        return said
 
     # --- claims -----------------------------------------------------------------------------------
 

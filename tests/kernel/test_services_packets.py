@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,6 +125,34 @@ def test_the_mark_of_others_stays_on_the_packet(net: Net) -> None:
         assert net.nft.counters(1, "marks")["kept"][0] == 5
     finally:
         net.nft.run("delete table inet marks")
+
+
+def test_no_packet_sees_half_of_a_change(net: Net) -> None:
+    """Backends come and go under a Service while clients connect: each is served."""
+    backends = [f"10.20.1.{i}" for i in range(11, 21)]
+    cluster = started(net, service(), endpoint_slice(addresses=backends))
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def churn() -> None:
+        rng = random.Random(1)
+        try:
+            while not stop.is_set():
+                some = rng.sample(backends, rng.randint(1, len(backends)))
+                changed(net, cluster, endpoint_slice(addresses=some))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        seen = [one for _ in range(15) for one in connect(net, "10.96.0.1", "10.20.1.5", count=150)]
+    finally:
+        stop.set()
+        thread.join()
+    assert failures == []
+    assert {one.verdict for one in seen} == {"dnat"}
+    assert {one.endpoint for one in seen} == {f"{backend}:8080" for backend in backends}
 
 
 SOURCES = {
