@@ -179,18 +179,19 @@ def _print_rows(rows: Iterator[dict[str, Any]], *, as_json: bool) -> None:
 def row_cells(row: dict[str, Any]) -> list[str]:
     """One entry on one line: what was asked for → who answers, and the address it went out by."""
     original, reply = row["original"], row["reply"]
+    ports = row["protocol"] not in ("ICMP", "ICMPV6")
     cells = [f"{row['event']:<8}"] if "event" in row else []
     state = row["state"] or ("" if "SEEN_REPLY" in row["status"] else "UNREPLIED")
     cells += [f"{row['protocol']:<6}", f"{state:<11}", f"{row['kind']:<8}"]
-    shown = f"{_end(original, 'source')} → {_end(original, 'destination')}"
+    shown = f"{_end(original, 'source', ports)} → {_end(original, 'destination', ports)}"
     if row["service"]:
         shown += paint("cyan", f" {row['service']}")
-    if (reply["source"], reply["source_port"]) != (
-        original["destination"], original["destination_port"],
-    ) and row["protocol"] not in ("ICMP", "ICMPV6"):  # fmt: skip
-        shown += f" ⇒ {_end(reply, 'source')}"
-    if reply["destination"] != original["source"]:
-        shown += f" as {_end(reply, 'destination')}"
+    if "DST_NAT" in row["status"]:
+        shown += f" ⇒ {_end(reply, 'source', ports)}"
+    if "SRC_NAT" in row["status"]:
+        shown += f" as {_end(reply, 'destination', ports)}"
+    if not ports:
+        shown += f" type {original['destination_port'] >> 8} id {original['source_port']}"
     cells.append(shown)
     if row["timeout_s"] is not None:
         cells.append(paint("dim", f"{row['timeout_s']} s"))
@@ -201,9 +202,10 @@ def row_cells(row: dict[str, Any]) -> list[str]:
     return cells
 
 
-def _end(direction: dict[str, Any], which: str) -> str:
-    address = format_endpoint(parse_address(direction[which]), direction[f"{which}_port"])
-    name = direction[f"{which}_name"]
+def _end(direction: dict[str, Any], which: str, port: bool) -> str:
+    address, name = direction[which], direction[f"{which}_name"]
+    if port:
+        address = format_endpoint(parse_address(address), direction[f"{which}_port"])
     return f"{address} ({name})" if name else address
 
 

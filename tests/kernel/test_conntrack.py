@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
+import select
+import signal
 import socket
+import subprocess
+import sys
+import termios
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -378,3 +384,43 @@ def test_removals_are_counted_under_kube_proxys_name(inspector: Inspector, table
     assert f'{name}{{ip_family="IPv4"}} {len(DEAD)}.0' in text
     assert f'{name}{{ip_family="IPv6"}} 0.0' in text
     assert "kubeproxy_conntrack_reconciler_sync_duration_seconds_count 1.0" in text
+
+
+def test_top_is_a_full_screen_and_gives_the_terminal_back(inspector: Inspector) -> None:
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(leader, (24, 80))
+    before = termios.tcgetattr(follower)
+    with netns.entered(inspector.source.netns_fd):  # type: ignore[attr-defined]
+        child = subprocess.Popen(
+            [sys.executable, "-m", "podwire", "conntrack", "top", "--raw", "--interval", "0.5"],
+            stdin=follower, stdout=follower, stderr=subprocess.PIPE,
+            env=os.environ | {"TERM": "xterm"},
+        )  # fmt: skip
+    try:
+        screen = until(leader, "REMOTE")
+        assert screen.startswith("\x1b[?1049h")
+        assert CLIENT in screen
+        os.write(leader, b"t")
+        assert "UDP REPLIED" in until(leader, "STATE") or "UDP ASSURED" in until(leader, "UDP")
+        termios.tcsetwinsize(leader, (10, 40))
+        child.send_signal(signal.SIGWINCH)
+        lines = until(leader, "\x1b[H").split("\x1b[H")[-1]
+        assert lines.count("\r\n") < 24
+        os.write(leader, b"q")
+        assert "\x1b[?1049l" in until(leader, "\x1b[?1049l")
+        assert child.wait(10) == 0
+        assert termios.tcgetattr(follower) == before
+    finally:
+        child.kill()
+        child.wait()
+        os.close(leader)
+        os.close(follower)
+
+
+def until(leader: int, text: str) -> str:
+    """What the terminal shows up to some text."""
+    shown = ""
+    while text not in shown:
+        assert select.select([leader], [], [], 20)[0], shown
+        shown += os.read(leader, 65536).decode(errors="replace")
+    return shown

@@ -12,6 +12,7 @@ from podwire.cli.paint import width
 from podwire.conntrack import rows
 from podwire.conntrack.attribution import Tally
 from podwire.kernel.ctnetlink.counting import flow_key
+from podwire.net import Protocol
 from tests.unit.conntrack.worlds import CLIENT, NAMES, NODE, OUTSIDE, WEB, WEB_IP, entry
 
 
@@ -65,6 +66,12 @@ def test_a_row_shows_both_directions() -> None:
     assert f"⇒ {WEB}:8080 (default/web)" in line
     row = rows.entry_row(entry(CLIENT, OUTSIDE, 443, snat=NODE), NAMES)
     assert f"as {NODE}:4000 (n1)" in "  ".join(conntrack.row_cells(row))
+
+
+def test_icmp_has_no_ports() -> None:
+    ping = entry(CLIENT, WEB, 8 << 8, protocol=Protocol.ICMP, source_port=77)
+    line = "  ".join(conntrack.row_cells(rows.entry_row(ping, NAMES)))
+    assert f"{CLIENT} (default/client) → {WEB} (default/web) type 8 id 77" in line
 
 
 @pytest.mark.parametrize(
