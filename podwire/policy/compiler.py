@@ -156,7 +156,7 @@ class PolicyCompiler:
 
     def _attached_host(self, key: Key) -> Host | None:
         facts = self._hosts.facts(key)
-        return pod_host(facts, self._hosts.namespaces) if facts else None
+        return pod_host(facts, self._hosts.namespaces) if facts and not facts.finished else None
 
     def _namespace_labels(self, name: str) -> Labels:
         return namespace_labels(self._hosts.namespaces, name)

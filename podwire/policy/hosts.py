@@ -23,7 +23,7 @@ _FINISHED = ("Succeeded", "Failed")
 
 @dataclass(frozen=True, slots=True)
 class PodFacts:
-    """What policies need to know about a pod. Pods that have finished have none."""
+    """What policies need to know about a pod. A finished one owns no address and is no pod."""
 
     key: Key
     uid: str
@@ -33,11 +33,12 @@ class PodFacts:
     addresses: tuple[Address, ...]
     host_network: bool
     terminating: bool
+    finished: bool
     created: str
 
     @property
-    def precedence(self) -> tuple[bool, str, str]:
-        return (not self.terminating, self.created, self.uid)
+    def precedence(self) -> tuple[bool, bool, str, str]:
+        return (not self.finished, not self.terminating, self.created, self.uid)
 
 
 class Attachment(NamedTuple):
@@ -49,11 +50,10 @@ class Attachment(NamedTuple):
     uid: str = ""
 
 
-def pod_facts(pod: Pod) -> PodFacts | None:
-    """None for a pod that has finished: its address is no longer its own."""
+def pod_facts(pod: Pod) -> PodFacts:
+    """The facts in the object. The address of a finished pod is no longer its own."""
     status, metadata = pod.status, pod.metadata
-    if status.phase in _FINISHED:
-        return None
+    finished = status.phase in _FINISHED
     texts = [ip.ip for ip in status.pod_ips] or [status.pod_ip]
     return PodFacts(
         pod.key,
@@ -61,9 +61,10 @@ def pod_facts(pod: Pod) -> PodFacts | None:
         pod.spec.node_name,
         metadata.labels,
         container_ports(pod),
-        addresses(texts),
+        () if finished else addresses(texts),
         pod.spec.host_network,
         metadata.deletion_timestamp is not None,
+        finished,
         metadata.creation_timestamp or "",
     )
 
@@ -203,7 +204,7 @@ class Hosts:
         attached = self.attachments.get(owner.key)
         here = owner.kind == "pod" and attached is not None and address in attached.addresses
         facts = self.pods.get(owner.key) if owner.kind == "pod" else None
-        return (here, owner.kind == "pod", *(facts.precedence if facts else (False, "", "")))
+        return (here, owner.kind == "pod", *(facts.precedence if facts else (False, False, "", "")))
 
     def facts(self, pod: Key) -> PodFacts | None:
         """The pod object of an attachment, unless that is another pod of the same name."""
@@ -235,6 +236,9 @@ def namespace_labels(namespaces: Mapping[str, Labels], name: str) -> Labels:
 
 
 def pod_host(facts: PodFacts, namespaces: Mapping[str, Labels]) -> Host:
+    """The pod as policies see it; a finished one is nobody of the cluster."""
+    if facts.finished:
+        return WORLD
     namespace, name = facts.key
     return Host(
         "pod", namespace, name, facts.labels, namespace_labels(namespaces, namespace), facts.ports

@@ -173,7 +173,7 @@ def host_of(table: PolicyTable, pod: Key | None, address: Address) -> Host:
     """Who is at one end: the pod named, otherwise the owner of the address."""
     if pod is not None:
         facts = table.pods.get(pod)
-        if facts is not None and facts.host_network:
+        if facts is not None and facts.host_network and not facts.finished:
             return Host("node", "", facts.node, table.node_labels(facts.node))
         return table.pod_host(pod) or Host("unknown", *pod)
     owner = table.owners.get(address)

@@ -171,7 +171,8 @@ class PolicyTable:
     @cached_property
     def problems(self) -> Mapping[str, str]:
         """By object and field: what is not enforced as written, and why."""
-        names = {port.name for facts in self.pods.values() for port in facts.ports}
+        pods = (facts for facts in self.pods.values() if not facts.finished)
+        names = {port.name for facts in pods for port in facts.ports}
         out: dict[str, str] = {}
         for ref, policy in self.policies.items():
             for where, sentence in policy.problems:

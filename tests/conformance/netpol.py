@@ -41,23 +41,28 @@ def run(cases: Path, datapath: str) -> Iterable[CaseResult]:
     if datapath == "evaluator":
         yield from _run(cases, Evaluator)
         return
-    from tests.conformance.netpol_packets import DATAPATHS, Lab, PacketBackend
+    from tests.conformance.netpol_packets import BALANCED, DATAPATHS, Lab, PacketBackend
 
     if datapath not in DATAPATHS:
         raise SystemExit(f"no data path {datapath!r}: evaluator, {', '.join(DATAPATHS)}")
     lab = Lab(datapath)
     try:
-        yield from _run(cases, lambda world: PacketBackend(world, lab))
+        services = datapath in BALANCED
+        yield from _run(cases, lambda world: PacketBackend(world, lab), services=services)
     finally:
         lab.close()
 
 
-def _run(cases: Path, backend: Callable[[World], Backend]) -> Iterator[CaseResult]:
+def _run(
+    cases: Path, backend: Callable[[World], Backend], *, services: bool = True
+) -> Iterator[CaseResult]:
     for path in sorted(cases.rglob("*.yaml")):
         case: dict[str, Any] = yaml.load(path.read_text(), Loader=_LOADER)
         name = str(case.get("id", path.stem))
         try:
             match case.get("kind"):
+                case "reachability" if case["topology"].get("services") and not services:
+                    yield CaseResult(name, "skipped", "no Services beside this data path here")
                 case "reachability":
                     yield _reachability(name, case, backend)
                 case "validation":

@@ -121,8 +121,7 @@ class Fabric:
             self._outside(self.external, name, texts, node=False)
         wanted = {
             name: (pod["node"], tuple(parse_address(str(ip)) for ip in pod.get("ips", ())))
-            for name, pod in world.pods.items()
-            if not pod.get("hostNetwork") and pod.get("ips")
+            for name, pod in world.present().items()
         }
         for name, place in list(self.pods.items()):
             if wanted.get(name) != (place.node, place.addresses):
@@ -182,11 +181,15 @@ class Fabric:
                     to = route.via(prefix, gateways[0], place.index("eth0"), onlink=True)
                     place.sock.run(route.add(to, replace=True))
 
+    def next_link(self) -> str:
+        """The name of the link that the next pod will get."""
+        return f"pod{self._count + 1}"
+
     def add_pod(self, name: str, node: str, addresses: tuple[Address, ...]) -> Place:
         """A namespace with a link on the node's bridge."""
-        self._count += 1
         place = self.pods[name] = _place()
-        place.node, place.addresses, place.link = node, addresses, f"pod{self._count}"
+        place.node, place.addresses, place.link = node, addresses, self.next_link()
+        self._count += 1
         home = self.nodes[node]
         end = End(place.link, home.fd)
         place.mac = b"\x0a\x58" + addresses[0][-4:]

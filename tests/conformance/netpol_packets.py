@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from podwire.datapath import Part
+from podwire.datapath.nftables.services import ServicesPart
 from podwire.kernel.iptables import Flavour
+from podwire.kube.store import ChangeSet
 from podwire.policy import PolicyCompiler, PolicyTable
+from podwire.services import NodeFacts, ProxyConfig, ServiceCompiler
 from tests.conformance.netpol_fabric import BRIDGE, Fabric
 from tests.conformance.netpol_probes import Attempt, Prober
 from tests.conformance.netpol_world import Probe, World
@@ -38,6 +41,11 @@ DATAPATHS: dict[str, Callable[[int, str | None], Part[PolicyTable]]] = {
     "iptables-nft": _iptables("nft"),
     "iptables-legacy": _iptables("legacy"),
 }
+
+
+_PROXY = ProxyConfig()
+BALANCED = ("nftables", "iptables", "iptables-nft", "iptables-legacy")
+"""Data paths with Services beside them in this suite."""
 
 
 class Lab:
@@ -77,10 +85,12 @@ class PacketBackend:
         self._world, self._lab = world, lab
         self._compilers = {node: PolicyCompiler(node) for node in world.nodes}
         self._attached: dict[str, dict[tuple[str, str], Any]] = {node: {} for node in world.nodes}
+        self._services: dict[str, tuple[ServiceCompiler, ServicesPart]] = {}
 
     def update(self) -> None:
         """Bring namespaces and data paths to where the world is."""
         self._lab.fabric.sync(self._world)
+        self._world.slices()
         changes = self._world.store.take()
         for node, compiler in self._compilers.items():
             wanted = {a.pod: a for a in self._lab.fabric.attachments(node)}
@@ -94,6 +104,20 @@ class PacketBackend:
             part = self._lab.part(node)
             part.apply(compiler.update(changes))
             part.flush()
+            if self._world.services or node in self._services:
+                self._balance(node, changes)
+
+    def _balance(self, node: str, changes: ChangeSet) -> None:
+        """Services on nftables, the same for every data path of policies that netfilter has."""
+        place = self._lab.fabric.nodes[node]
+        if node not in self._services:
+            part = ServicesPart(_PROXY, place.fd)
+            part.start()
+            compiler = ServiceCompiler(NodeFacts(node, place.addresses), _PROXY)
+            self._services[node] = (compiler, part)
+        compiler, part = self._services[node]
+        part.apply(compiler.update(changes))
+        part.flush()
 
     def connects(self, probes: Sequence[Probe]) -> list[dict[tuple[str, str], bool]]:
         attempts = [self._attempts(probe) for probe in probes]
@@ -107,28 +131,43 @@ class PacketBackend:
             from_, to = (self._world.address(end, probe.bits) for end in (source, destination))
             if from_ is None or to is None:
                 continue
-            fds = [self._lab.fabric.place(self._real(end)).fd for end in (source, destination)]
+            fd = self._lab.fabric.place(self._real(source)).fd
+            arrivals = tuple(
+                (self._lab.fabric.place(self._real(end)).fd, port)
+                for end, port in self._targets(probe, destination)
+            )
             out.append(
                 Attempt(
-                    (source, destination), probe.protocol, fds[0], from_, fds[1], to, probe.port,
+                    (source, destination), probe.protocol, fd, from_, to, probe.port, arrivals,
                     expected,
                 )
             )  # fmt: skip
         return out
 
+    def _targets(self, probe: Probe, destination: str) -> list[tuple[str, int]]:
+        if probe.via_service:
+            return self._world.backends(destination, probe.port, probe.protocol)
+        return [(destination, probe.port)]
+
     def _controls(self, probe: Probe) -> Iterator[Attempt]:
         """Servers are opened, and reached from their own nodes, which no policy stops."""
-        for name in dict.fromkeys(self._real(end) for end in probe.destinations):
+        targets = {
+            (self._real(end), port): None
+            for destination in probe.destinations
+            for end, port in self._targets(probe, destination)
+        }
+        for name, port in targets:
             place = self._lab.fabric.place(name)
             to = self._world.address(name, probe.bits)
             if to is None:
                 continue
-            self._lab.prober.serve(place.fd, probe.protocol, probe.port, len(to))
+            self._lab.prober.serve(place.fd, probe.protocol, port, len(to))
             own = self._world.address(f"node:{place.node}", probe.bits) if place.node else None
             if own is not None:
                 fd = self._lab.fabric.nodes[place.node].fd
                 cell = (f"node:{place.node}", name)
-                yield Attempt(cell, probe.protocol, fd, own, place.fd, to, probe.port, True)
+                arrivals = ((place.fd, port),)
+                yield Attempt(cell, probe.protocol, fd, own, to, port, arrivals, True)
 
     def _real(self, endpoint: str) -> str:
         """A hostNetwork pod is in its node's namespace."""
@@ -136,4 +175,5 @@ class PacketBackend:
         return f"node:{pod['node']}" if pod and pod.get("hostNetwork") else endpoint
 
     def close(self) -> None:
-        pass
+        for _, part in self._services.values():
+            part.cleanup()

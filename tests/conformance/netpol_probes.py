@@ -32,15 +32,15 @@ _FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
 
 @dataclass(frozen=True)
 class Attempt:
-    """One connection to try: from a namespace and address, to a namespace, address and port."""
+    """One connection to try. `arrivals`: namespaces and ports where it may come out."""
 
     cell: Cell
     protocol: Protocol
     fd: int
     source: bytes
-    destination_fd: int
     destination: bytes
     port: int
+    arrivals: tuple[tuple[int, int], ...]
     expected: bool
 
 
@@ -233,8 +233,9 @@ class Prober:
         raw = self._raw_client(attempt.fd, attempt.source)
         port = self._port(attempt.fd)
         packet = sctp_init(port, attempt.port)
-        place = (attempt.destination_fd, attempt.source, port, attempt.port)
-        self._waiting[place] = lambda: connected.add(attempt)
+        for fd, target in attempt.arrivals:
+            place = (fd, attempt.source, port, target)
+            self._waiting[place] = lambda: connected.add(attempt)
         with contextlib.suppress(OSError):
             raw.sendto(packet, (format_address(attempt.destination), 0))
 

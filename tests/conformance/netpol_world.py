@@ -13,6 +13,7 @@ import msgspec
 
 from podwire.kube.objects import (
     ClusterNetworkPolicy,
+    EndpointSlice,
     Namespace,
     NetworkPolicy,
     Node,
@@ -87,8 +88,7 @@ class World:
         for external in topology.get("external") or ():
             world.external[external["name"]] = [str(ip) for ip in external.get("ips", ())]
         for service in topology.get("services") or ():
-            world.services[f"{service['namespace']}/{service['name']}"] = service
-            world._put(Service, _service(service))
+            world._service(service)
         return world
 
     def apply(self, action: dict[str, Any]) -> None:
@@ -130,6 +130,8 @@ class World:
             return self.nodes[endpoint[5:]]
         if endpoint.startswith("ext:"):
             return self.external[endpoint[4:]]
+        if endpoint in self.services and endpoint not in self.pods:
+            return self.services[endpoint]["clusterIPs"]
         pod = self.pods[endpoint]
         if pod.get("hostNetwork"):
             return self.nodes[pod["node"]]
@@ -140,6 +142,22 @@ class World:
         packed = (parse_address(text) for text in self.addresses(endpoint))
         return next((one for one in packed if len(one) * 8 == bits), None)
 
+    def present(self) -> dict[str, dict[str, Any]]:
+        """Pods with a link of their own. One that has finished gives way where another pod has
+        its address now.
+        """
+        found = {
+            name: pod
+            for name, pod in self.pods.items()
+            if not pod.get("hostNetwork") and pod.get("ips")
+        }
+        live = {str(ip) for pod in found.values() if not _finished(pod) for ip in pod["ips"]}
+        return {
+            name: pod
+            for name, pod in found.items()
+            if not _finished(pod) or not live.intersection(map(str, pod["ips"]))
+        }
+
     def attachments(self, node: str) -> list[Attachment]:
         """The pods of a node that have a link of their own and run."""
         return [
@@ -148,8 +166,8 @@ class World:
                 f"pod{index}",
                 tuple(parse_address(str(ip)) for ip in pod.get("ips", ())),
             )
-            for index, pod in enumerate(self.pods.values())
-            if pod["node"] == node and not pod.get("hostNetwork") and pod.get("ips")
+            for index, pod in enumerate(self.present().values())
+            if pod["node"] == node
         ]
 
     def backends(self, service: str, port: int, protocol: Protocol) -> list[tuple[str, int]]:
@@ -246,32 +264,72 @@ class World:
             },
         )
 
+    def _service(self, source: dict[str, Any]) -> None:
+        """Cluster IPs are given where the case names none: one of each family."""
+        given = source.get("clusterIPs") or source.get("ips") or source.get("clusterIP")
+        ips = [given] if isinstance(given, str) else [str(ip) for ip in given or ()]
+        number = len(self.services) + 10
+        ips = ips or [f"10.96.0.{number}", f"fd00:10:96::{number:x}"]
+        name = f"{source['namespace']}/{source['name']}"
+        self.services[name] = {**source, "clusterIPs": ips}
+        ports = [
+            {
+                "name": port.get("name", f"p{port['port']}"),
+                "port": port["port"],
+                "protocol": port.get("protocol", "TCP"),
+            }
+            for port in source.get("ports", ())
+        ]
+        self._put(
+            Service,
+            {
+                "metadata": {"namespace": source["namespace"], "name": source["name"]},
+                "spec": {"clusterIP": ips[0], "clusterIPs": ips, "ports": ports},
+            },
+        )
+
+    def slices(self) -> None:
+        """Bring the endpoints of all Services up to date, one slice per port, pod and family."""
+        wanted: dict[tuple[str, str], dict[str, Any]] = {}
+        for name, service in self.services.items():
+            for port in service["ports"]:
+                protocol = port.get("protocol", "TCP")
+                backends = self.backends(name, port["port"], Protocol[protocol])
+                for index, (pod, target) in enumerate(backends):
+                    for text in self.addresses(pod):
+                        family = "IPv6" if ":" in text else "IPv4"
+                        short = f"{service['name']}-{protocol}-{port['port']}-{index}-{family}"
+                        wanted[service["namespace"], short.lower()] = {
+                            "metadata": {
+                                "namespace": service["namespace"],
+                                "name": short.lower(),
+                                "labels": {"kubernetes.io/service-name": service["name"]},
+                            },
+                            "addressType": family,
+                            "endpoints": [
+                                {"addresses": [text], "nodeName": self.pods[pod]["node"]}
+                            ],
+                            "ports": [
+                                {
+                                    "name": port.get("name", f"p{port['port']}"),
+                                    "port": target,
+                                    "protocol": protocol,
+                                }
+                            ],
+                        }
+        for key in [key for key in self.store.all(EndpointSlice) if key not in wanted]:
+            self.store.remove(EndpointSlice, key)
+        for source in wanted.values():
+            self._put(EndpointSlice, source)
+
     def _delete_pod(self, name: str) -> None:
         namespace, _, short = name.partition("/")
         self.pods.pop(name, None)
         self.store.remove(Pod, (namespace, short))
 
 
-def _service(source: dict[str, Any]) -> dict[str, Any]:
-    ips = [str(ip) for ip in source.get("clusterIPs") or source.get("ips") or ()]
-    if not ips and source.get("clusterIP"):
-        ips = [str(source["clusterIP"])]
-    return {
-        "metadata": {"namespace": source["namespace"], "name": source["name"]},
-        "spec": {
-            "clusterIP": ips[0] if ips else "",
-            "clusterIPs": ips,
-            "selector": source.get("selector"),
-            "ports": [
-                {
-                    "name": port.get("name", ""),
-                    "port": port["port"],
-                    "protocol": port.get("protocol", "TCP"),
-                }
-                for port in source.get("ports", ())
-            ],
-        },
-    }
+def _finished(pod: dict[str, Any]) -> bool:
+    return pod.get("phase") in ("Succeeded", "Failed")
 
 
 class Compilers:
