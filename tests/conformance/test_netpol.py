@@ -8,7 +8,7 @@ from tests.conformance import OWN_CASES
 from tests.conformance.netpol import run
 
 
-@pytest.mark.parametrize("datapath", ["evaluator", "nftables"])
+@pytest.mark.parametrize("datapath", ["evaluator", "nftables", "iptables-nft"])
 def test_own_cases(datapath: str) -> None:
     results = list(run(OWN_CASES / "netpol", datapath))
     assert len(results) >= 5
