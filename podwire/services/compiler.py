@@ -63,10 +63,13 @@ class ServiceCompiler:
         self._health: dict[Key, HealthCheck] = {}
         self._without_local: dict[tuple[Family, str], int] = {}
         self._settings = self._make_settings(node)
-        self.table = ServiceTable(self._settings, SharedMap())
+        self.table = ServiceTable(self._settings, SharedMap(), self._health)
 
     def update(self, changes: ChangeSet, node: NodeFacts | None = None) -> ServiceTable:
-        """The table after `changes`; `node` if the node's own addresses are others now."""
+        """The table after `changes`; `node` if the node's own addresses are others now.
+
+        The same table again when nothing that a proxy looks at has changed.
+        """
         dirty: set[Key] = set()
         for key, change in changes.of(Service).items():
             dirty.add(key)
@@ -316,6 +319,14 @@ class ServiceCompiler:
 
     def _next_table(self, ports: Mapping[ServicePortName, ServicePort | None]) -> ServiceTable:
         before = self.table
+        problems = before.problems if before.problems == self._problems else dict(self._problems)
+        if (
+            not ports
+            and self._settings is before.settings
+            and self._health is before.health_checks
+            and problems is before.problems
+        ):
+            return before
         counts = dict(self._without_local)
         for name, port in ports.items():
             for old_or_new, step in ((before.ports.get(name), -1), (port, 1)):
@@ -323,7 +334,6 @@ class ServiceCompiler:
                     where = (name.family, policy)
                     counts[where] = counts.get(where, 0) + step
         self._without_local = counts
-        problems = before.problems if before.problems == self._problems else dict(self._problems)
         return ServiceTable(
             self._settings,
             before.ports.changed(ports.items()) if ports else before.ports,

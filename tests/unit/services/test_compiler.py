@@ -194,6 +194,14 @@ def test_a_table_shares_what_did_not_change_and_a_repeat_changes_nothing() -> No
     assert not compiler.update(store.take()).delta(second).ports
 
 
+def test_a_nodes_heartbeat_leads_to_the_same_table() -> None:
+    store, compiler = Store(), ServiceCompiler(NODE, ProxyConfig())
+    store.put(service())
+    before = compiler.update(store.take())
+    store.put(kube.Node(metadata=kube.Metadata(name="node-a", annotations={"beat": "1"})))
+    assert compiler.update(store.take()) is before
+
+
 # --- law: changes applied one by one lead to the same table as all at once ------------------------
 
 
