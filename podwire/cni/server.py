@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 SOCKET = "cni.sock"
 LEFT_DELETES = "cni-deletes"
-_WORKERS = 64
+_WORKERS = 256  # an ADD may wait for an address of the VPC, and must not keep DELs waiting
 _REQUEST_TIMEOUT_S = 10
 
 

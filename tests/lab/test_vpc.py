@@ -34,12 +34,17 @@ items:
 - apiVersion: v1
   kind: Service
   metadata: {{name: web}}
-  spec: {{type: NodePort, selector: {{app: web}}, ports: [{{port: 80, nodePort: 30080}}]}}
+  spec:
+    type: NodePort
+    ipFamilies: [{family}]
+    selector: {{app: web}}
+    ports: [{{port: 80, nodePort: 30080}}]
 - apiVersion: v1
   kind: Service
   metadata: {{name: local}}
   spec:
     type: NodePort
+    ipFamilies: [{family}]
     externalTrafficPolicy: Local
     selector: {{app: web}}
     ports: [{{port: 80, nodePort: 30081}}]
@@ -53,7 +58,8 @@ pytestmark = pytest.mark.xdist_group("vpc")  # one lab for all
 def up(name: str, replicas: int, **options: Any) -> Lab:
     lab = Lab.up(name, wiring="vpc", **options)
     lab.wait(30)
-    lab.apply(manifests.parse(PODS.format(replicas=replicas), "pods"))
+    family = "IPv6" if options.get("dual_stack") else "IPv4"
+    lab.apply(manifests.parse(PODS.format(replicas=replicas, family=family), "pods"))
     lab.wait(30)
     return lab
 
@@ -252,6 +258,30 @@ def test_an_agent_that_is_killed_keeps_pods_and_addresses(lab: Lab) -> None:
     assert seen(lab, "outside", pod["address"]) == {}
 
 
+def misbehave(lab: Lab, path: str, **faults: Any) -> None:
+    command = ["curl", "-sf", "--unix-socket", str(lab.dir.path / "cloud.sock"), f"http://x{path}"]
+    subprocess.run([*command, "-d", json.dumps(faults)], check=True, timeout=10)
+
+
+def test_pods_come_although_ec2_throttles_fails_and_is_slow(lab: Lab) -> None:
+    path = "/apis/apps/v1/namespaces/default/deployments/web"
+    misbehave(lab, "/faults", bucket={"rate": 3, "burst": 2}, attach_delay_s=1.0)
+    misbehave(lab, "/faults", operations="Assign*", lose_answer=True, times=2)
+    misbehave(lab, "/faults", operations="*", code="InternalError", probability=0.2)
+    try:
+        for replicas in (4, 22):
+            patch = {"spec": {"replicas": replicas}}
+            lab.api("PATCH", path, patch, "application/merge-patch+json")
+            wait_for(lambda n=replicas: len(pods_of(lab)) == n, 60)
+        lab.wait(60)
+    finally:
+        misbehave(lab, "/faults/clear")
+    pods = pods_of(lab)
+    assert len({pod["address"] for pod in pods.values()}) == 22
+    for name, pod in pods.items():
+        assert client(seen(lab, name, WORLD)) == NODES[pod["node"]]
+
+
 def test_no_eni_is_left_when_pods_go(lab: Lab) -> None:
     patch = {"spec": {"replicas": 0}}
     path = "/apis/apps/v1/namespaces/default/deployments/web"
@@ -278,7 +308,10 @@ def test_ipv6_only_pods() -> None:
                     answer = seen(lab, source, address)
                     assert (answer.get("pod"), client(answer)) == (target, own)
             assert client(seen(lab, source, "2001:db8:113::10")) == own  # good everywhere: no SNAT
+        service = lab.api("GET", "/api/v1/namespaces/default/services/web")["spec"]["clusterIP"]
         source = next(iter(addresses))
+        assert seen(lab, source, service)["pod"] in addresses
+        assert seen(lab, "outside", addresses[source])["pod"] == source
         assert "fe80::1" in lab.run(source, "ip -6 route").stdout
     finally:
         teardown.down(LabDir(name))
