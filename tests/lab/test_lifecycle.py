@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from podwire.errors import ConfigError
-from podwire.lab import manifests, teardown
+from podwire.lab import cgroups, manifests, teardown
 from podwire.lab.cluster import Lab
 from tests.lab.conftest import left_of, wait_for
 
@@ -76,6 +76,8 @@ def test_pods_reach_each_other_and_are_run_in(make_lab: Callable[..., Lab]) -> N
     inside = lab.run("b", "hostname; cat /etc/hostname; grep bee /etc/hosts; exit 3")
     assert inside.stdout.split() == ["bee", "bee", lab.pod("b")["status"]["podIP"], "bee"]
     assert inside.returncode == 3
+    cgroup = lab.run("b", "tail -1 /proc/self/cgroup").stdout
+    assert cgroup == f"0::/podwire/{lab.name}/node2\n" or cgroups.root() is None
     requests = [entry["request"] for entry in lab.logs("b")]
     assert "GET /" in requests
     assert "GET /healthz" in requests  # the probe
