@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from podwire.cni.config import NetConf
 from podwire.cni.plan import Plan, network_of, pod_route
 from podwire.cni.protocol import INVALID_CONFIG, CniError
 from podwire.cni.result import Dns, Interface, Ip, Result, ip, route
@@ -148,9 +149,40 @@ def differences(before: Result, known: Attachment) -> list[str]:
     problems += [
         f"prevResult has {format_address(a)}/{n}, which was not given" for a, n in stated - made
     ]
-    pod_end = next((e for e in before.interfaces if e.sandbox and e.name == known.key.ifname), None)
-    if known.wiring and before.interfaces and pod_end is None:
-        problems.append(f"prevResult does not list {known.key.ifname}")
-    elif known.wiring and pod_end and pod_end.mac.lower() not in ("", known.mac.hex(":")):
-        problems.append(f"prevResult has the MAC {pod_end.mac}, not {known.mac.hex(':')}")
+    if known.wiring and before.interfaces:
+        problems += _link_differences(before, known)
+    routes = {(each.prefix, each.gateway) for each in map(pod_route, before.routes)}
+    given = {(each.prefix, each.gateway) for each in known.routes}
+    if known.wiring and routes - given:
+        listed = ", ".join(str(prefix) for prefix, _ in routes - given)
+        problems.append(f"prevResult has routes that were not given: {listed}")
     return problems
+
+
+def other_wishes(plan: Plan, conf: NetConf, known: Attachment) -> list[str]:
+    """How a configuration asks for other things than ADD was asked for."""
+    problems: list[str] = []
+    made = known.bridge
+    if made and conf.bridge and conf.bridge != made.name:
+        problems.append(f"the bridge is {made.name}, the configuration says {conf.bridge}")
+    present = {each.address for each in known.addresses}
+    problems += [
+        f"{format_address(each.address)} was not given"
+        for each in plan.fixed
+        if each.address not in present
+    ]
+    return problems
+
+
+def _link_differences(before: Result, known: Attachment) -> Iterator[str]:
+    """Every link that ADD made must be there by its name, with its MAC, where it was."""
+    ifname = known.key.ifname
+    wanted = [(each.name, each.mac, "") for each in (*known.host_links, *known.further_links)]
+    for name, mac, sandbox in [*wanted, (ifname, known.mac, known.netns)]:
+        stated = [e for e in before.interfaces if e.name == name and bool(e.sandbox or not sandbox)]
+        if not stated:
+            yield f"prevResult does not list {name}"
+        elif stated[0].mac.lower() not in ("", mac.hex(":")):
+            yield f"prevResult has the MAC {stated[0].mac} for {name}, not {mac.hex(':')}"
+        elif sandbox and stated[0].sandbox != sandbox:
+            yield f"prevResult has {name} in {stated[0].sandbox}, not {sandbox}"

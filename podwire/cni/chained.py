@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from podwire.cni.config import BandwidthConfig, NetConf, PortMapping
 from podwire.cni.protocol import (
     INVALID_CONFIG,
+    INVALID_ENVIRONMENT,
     UNSUPPORTED_FIELD,
     CniError,
 )
@@ -40,11 +41,14 @@ class Parts:
     admin_chain: str = "CNI-ADMIN"
 
 
-def read(conf: NetConf, parts: Collection[str], *, named: bool, link_mtu: bool) -> Parts:
-    """Raises CniError 2 or 7.
+def read(
+    conf: NetConf, parts: Collection[str], *, named: bool, link_mtu: bool, mac: str = ""
+) -> Parts:
+    """Raises CniError 2, 4 or 7.
 
     `named`: the plugin was executed as this one part, so ambiguous keys (`backend`) are its own.
     `link_mtu`: `mtu` and `mac` are tuning's and not those of a link to be made.
+    `mac`: what CNI_ARGS asks for.
     """
     portmap = "portmap" in parts
     if portmap:
@@ -56,7 +60,7 @@ def read(conf: NetConf, parts: Collection[str], *, named: bool, link_mtu: bool) 
         masquerade="all" if conf.masq_all else "none" if conf.snat is False else "local",
         bandwidth=_bandwidth(conf) if "bandwidth" in parts else UNLIMITED,
         sysctls=_sysctls(conf.sysctl or {}) if "tuning" in parts else {},
-        tuning=_tuning(conf) if "tuning" in parts and link_mtu else {},
+        tuning=_tuning(conf, mac) if "tuning" in parts and link_mtu else {},
         firewall=_firewall(conf) if firewall else "",
         admin_chain=(conf.iptables_admin_chain_name if firewall else None) or "CNI-ADMIN",
     )
@@ -181,19 +185,20 @@ def _sysctls(sysctls: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _tuning(conf: NetConf) -> dict[str, str | int]:
-    mac = conf.mac
+def _tuning(conf: NetConf, asked: str) -> dict[str, str | int]:
+    mac = asked or conf.mac
     if conf.args and conf.args.cni and conf.args.cni.mac:
         mac = conf.args.cni.mac
     if conf.runtime_config and conf.runtime_config.mac:
         mac = conf.runtime_config.mac
+    code = INVALID_ENVIRONMENT if mac and mac == asked else INVALID_CONFIG
     mtu, length = conf.mtu or 0, conf.tx_q_len
     if mtu and not 68 <= mtu <= 65535:
         raise CniError(INVALID_CONFIG, f"invalid MTU {mtu} (must be between 68 and 65535)")
     if length is not None and not 0 <= length < 1 << 31:
         raise CniError(INVALID_CONFIG, f"invalid txQLen {length}")
     wanted: dict[str, str | int | None] = {
-        "mac": parse_mac(mac, INVALID_CONFIG).hex(":") if mac else None,
+        "mac": parse_mac(mac, code).hex(":") if mac else None,
         "mtu": mtu or None,
         "promisc": None if conf.promisc is None else int(conf.promisc),
         "allmulti": None if conf.allmulti is None else int(conf.allmulti),

@@ -147,8 +147,12 @@ msgspec.convert({}, Result)
 
 def parse(call: Call) -> NetConf:
     """The configuration of a call. Raises CniError 7 naming the key."""
+    config = dict(call.config)
+    mtu = config.get("mtu")
+    if isinstance(mtu, str) and mtu.isascii() and mtu.isdigit():  # as the AWS VPC CNI writes it
+        config["mtu"] = int(mtu)
     try:
-        return msgspec.convert(call.config, NetConf)
+        return msgspec.convert(config, NetConf)
     except msgspec.ValidationError as error:
         raise CniError(INVALID_CONFIG, f"invalid network configuration: {error}") from None
 

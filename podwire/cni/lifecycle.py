@@ -22,6 +22,7 @@ import msgspec
 from podwire.cni import answer
 from podwire.cni.addition import Addition
 from podwire.cni.collaborators import Collaborators, binding, guarded
+from podwire.cni.config import parse
 from podwire.cni.plan import LOOPBACK, key_of, make
 from podwire.cni.protocol import (
     DIFFERS,
@@ -163,6 +164,7 @@ class Lifecycle:
         else:
             before = decode(call.config["prevResult"], call.version)
             problems = answer.differences(before, known) + self._problems(known, fd)
+            problems += answer.other_wishes(plan, parse(call), known)
         if problems:
             raise CniError(DIFFERS, "; ".join(problems))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -32,6 +31,9 @@ _NAMES: dict[str, tuple[str, frozenset[str]]] = {
 }
 # A firewall of iptables rules is only made for who asks for it by name.
 _ALL_PARTS = frozenset(chained.PARTS) - {"firewall"}
+
+# Their work is podwire's own; a configuration that names one of them means what it always did.
+_IPAM_TYPES = {None, "", "podwire", "podwire-ipam", "host-local", "static"}
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +89,9 @@ def make(call: Call, node: NodeConfig) -> Plan:
     plan = Plan(
         role=role,
         draft=draft,
-        parts=chained.read(conf, parts, named=named, link_mtu=role == CHAINED),
+        parts=chained.read(
+            conf, parts, named=named, link_mtu=role == CHAINED, mac=call.args.get("MAC", "")
+        ),
         previous=before,
     )
     if role in (CHAINED, LOOPBACK):
@@ -201,6 +205,10 @@ def _with_addresses(plan: Plan, conf: NetConf, call: Call, node: NodeConfig) -> 
     runtime_ranges = (conf.runtime_config.ip_ranges if conf.runtime_config else None) or []
     if plan.role == IPAM and ipam is None:
         raise CniError(INVALID_CONFIG, "IPAM config missing 'ipam' key")
+    if ipam and ipam.type not in _IPAM_TYPES:
+        message = f"failed to find plugin {ipam.type!r}: podwire gives the addresses itself"
+        known = ", ".join(sorted(filter(None, _IPAM_TYPES)))
+        raise CniError(INVALID_CONFIG, message, f"ipam.type may be {known}, or be left out")
     if plan.draft.bridge and plan.draft.bridge.leave_down:
         if ipam and ipam.asks:
             message = "cannot use IPAM when disableContainerInterface is set"
@@ -219,7 +227,7 @@ def _with_addresses(plan: Plan, conf: NetConf, call: Call, node: NodeConfig) -> 
         pool, sets = NODE_POOL, tuple((_whole(cidr),) for cidr in node.pod_cidrs)
         demanded = True
     elif not sets and ipam is not None:
-        fixed = _fixed(ipam, requested, call.args.get("GATEWAY", ""))
+        fixed = _fixed(conf, ipam, call)
         requested = ()
         if not fixed:
             raise CniError(INVALID_CONFIG, "no IP ranges specified in the ipam configuration")
@@ -262,27 +270,29 @@ def _whole(cidr: Prefix) -> Range:
 
 def _requested(conf: NetConf, call: Call) -> tuple[PodAddress, ...]:
     """Addresses asked for by name; a length of -1 means that none was given."""
-    found: list[PodAddress] = []
     texts = [text for text in call.args.get("IP", "").split(",") if text]
-    found += [_host(text, INVALID_ENVIRONMENT) for text in texts]
-    if conf.args and conf.args.cni:
-        found += [_host(text, INVALID_CONFIG) for text in conf.args.cni.ips or ()]
-    if conf.runtime_config:
-        found += [_host(text, INVALID_CONFIG) for text in conf.runtime_config.ips or ()]
-    return tuple(dict.fromkeys(found))
+    found = [_host(text, INVALID_ENVIRONMENT) for text in texts]
+    return tuple(dict.fromkeys(found + [_host(text, INVALID_CONFIG) for text in _instead(conf)]))
 
 
-def _fixed(
-    ipam: IpamConfig, requested: Sequence[PodAddress], gateways: str
-) -> tuple[PodAddress, ...]:
-    """What the static plugin returns: the configured addresses, and those asked for."""
+def _instead(conf: NetConf) -> list[str]:
+    """Addresses that stand in for configured ones."""
+    args = (conf.args.cni.ips if conf.args and conf.args.cni else None) or []
+    return [*args, *((conf.runtime_config.ips if conf.runtime_config else None) or [])]
+
+
+def _fixed(conf: NetConf, ipam: IpamConfig, call: Call) -> tuple[PodAddress, ...]:
+    """What the static plugin returns: the configured addresses and CNI_ARGS', or those asked for
+    by args.cni or the runtime instead of them."""
+    gateways = call.args.get("GATEWAY", "")
     routers = [_address(text, INVALID_ENVIRONMENT) for text in gateways.split(",") if text]
     found: list[PodAddress] = []
-    for each in ipam.addresses or ():
+    instead = [_host(text, INVALID_CONFIG) for text in _instead(conf)]
+    for each in () if instead else ipam.addresses or ():
         host = _host(each.address, INVALID_CONFIG)
         gateway = _address(each.gateway, INVALID_CONFIG) if each.gateway else b""
         found.append(host._replace(gateway=gateway))
-    for host in requested:
+    for host in instead or _requested(conf, call):
         near = network_of(host)
         found.append(host._replace(gateway=next((r for r in routers if r in near), b"")))
     if any(host.length < 0 for host in found):
@@ -301,6 +311,8 @@ def network_of(host: PodAddress) -> Prefix:
 def pod_route(route: Route) -> PodRoute:
     """Raises CniError 7."""
     try:
+        if "/" not in route.dst:
+            raise InvalidObject(f"not a CIDR: {route.dst!r}")
         prefix = parse_prefix(route.dst)
         gateway = parse_address(route.gw) if route.gw else b""
     except InvalidObject as error:

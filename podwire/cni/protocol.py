@@ -5,6 +5,7 @@ Source: https://github.com/containernetworking/cni/blob/main/SPEC.md (1.1.0), se
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -138,6 +139,8 @@ def _check_names(container: str, ifname: str) -> None:
 def _decode(stdin: bytes) -> Mapping[str, Any]:
     try:
         config = msgspec.json.decode(stdin)
+        if isinstance(config, dict) and "sysctl" in config:
+            json.loads(stdin, object_pairs_hook=_no_sysctl_twice)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message = f"error unmarshall network config: {error}"
         raise CniError(DECODE_FAILURE, message) from None
@@ -145,6 +148,14 @@ def _decode(stdin: bytes) -> Mapping[str, Any]:
         message = "error unmarshall network config: not a JSON object"
         raise CniError(DECODE_FAILURE, message)
     return cast("dict[str, Any]", config)
+
+
+def _no_sysctl_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two equal keys a decoder keeps one and says nothing: here that would be a guess."""
+    names = [name for name, _ in pairs if name.startswith(("net.", "net/"))]
+    if len(set(names)) < len(names):
+        raise CniError(INVALID_CONFIG, "a sysctl is given twice", ", ".join(names))
+    return dict(pairs)
 
 
 def _network(config: Mapping[str, Any]) -> str:

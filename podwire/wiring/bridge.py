@@ -32,6 +32,7 @@ class BridgeWiring:
         self._host = NetlinkSocket(netns_fd=netns_fd)
         self._lock = threading.Lock()
         self._forwarding: set[int] = set()
+        self._pinned: set[int] = set()  # bridges whose MAC stays, by index
 
     def close(self) -> None:
         self._host.close()
@@ -86,6 +87,8 @@ class BridgeWiring:
             return [*problems, f"there is no bridge {options.name}"]
         if options.promiscuous and not master.promiscuity:
             problems.append(f"the bridge {options.name} is not promiscuous")
+        if not master.up:
+            problems.append(f"the bridge {options.name} is down")
         router = master
         if options.vlan and options.gateway:
             found = link.find(self._host, _vlan_name(options))
@@ -108,6 +111,12 @@ class BridgeWiring:
             problems.append(f"the hairpin mode of {host_end.name} is {flags.hairpin}")
         if not host_end.up:
             problems.append(f"{host_end.name} is down")
+        made = {each.name: each.mac for each in attachment.host_links}
+        problems += [
+            f"{each.name} has the MAC {each.mac.hex(':')}, not {made[each.name].hex(':')}"
+            for each in (master, host_end)
+            if made.get(each.name, each.mac) != each.mac
+        ]
         return problems
 
     def silence(self, attachment: Attachment) -> None:
@@ -154,6 +163,9 @@ class BridgeWiring:
         if not master.up or (options.promiscuous and not master.promiscuity):
             promiscuous = True if options.promiscuous else None
             self._host.run(link.change(master.index, up=True, promisc=promiscuous))
+        if master.index not in self._pinned:  # somebody else's may change with its ports too
+            self._host.run(link.change(master.index, mac=master.mac))
+            self._pinned.add(master.index)
         router = master
         if options.vlan and options.gateway and attachment.addresses:
             router = self._ensure_vlan_link(options, master)
