@@ -11,9 +11,9 @@
 //            with the first byte: SCM_RIGHTS descriptor of CNI_NETNS, where it can be opened
 //   answer   magic[4] "PWCN", version, length | exit status, standard output
 //
-// No agent: DEL is left in a folder beside the socket, where a starting agent looks before it serves
-// anybody else, and succeeds, so that pods can be removed (the runtime takes the namespace away and
-// the link with it; the address stays reserved until then). STATUS says 50, everything else 11.
+// No agent: DEL takes the pod's link away and is left in a folder beside the socket, where a starting
+// agent looks before it serves anybody else, and succeeds, so that pods can be removed (the address
+// stays reserved until then). STATUS says 50, everything else 11.
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -30,6 +30,8 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "disconnect.h"
 
 #define WIRE_VERSION 1
 #define DEFAULT_SOCKET "/run/podwire/cni.sock"
@@ -219,6 +221,12 @@ static int leave(const char *socket_path, const struct buffer *frame)
 	return 0;
 }
 
+// Under its other names the program works on a link of somebody else, or on none.
+static int makes_links(const char *plugin)
+{
+	return strncmp(plugin, "podwire-", 8) || strcmp(plugin, "podwire-ptp") == 0;
+}
+
 static int no_answer(const char *command, const char *details)
 {
 	if (strcmp(command, "STATUS") == 0)
@@ -258,6 +266,8 @@ int main(int argc, char **argv)
 		error = errno;
 		switch (leave(path, &frame)) {
 		case 0:
+			if (makes_links(plugin))
+				disconnect(variable("CNI_NETNS"), variable("CNI_IFNAME"));
 			return 0;
 		case 1:
 			fd = dial(path);
