@@ -11,9 +11,11 @@ from podwire.errors import KernelError
 from podwire.kernel import bridge, link
 from podwire.kernel.netlink import NetlinkSocket
 from tests.conformance import CaseResult
+from tests.conformance.cni_actions import Skip
 from tests.conformance.cni_case import Case, load
 from tests.conformance.cni_node import Namespace
-from tests.conformance.cni_run import Run, Skip
+from tests.conformance.cni_run import ENI_STYLE, Run
+from tests.conformance.cni_vocabulary import unknown_words
 
 
 def run(cases_dir: Path, datapath: str) -> Iterable[CaseResult]:
@@ -29,6 +31,9 @@ def run_file(path: Path) -> CaseResult:
         case = load(path)
     except ValueError as error:
         return CaseResult(path.stem, "failed", str(error))
+    strange = list(unknown_words(case.document))
+    if strange:
+        return CaseResult(case.id, "failed", "\n".join(strange))
     reason = _skipped(case)
     return CaseResult(case.id, "skipped", reason) if reason else _run(case)
 
@@ -54,7 +59,9 @@ def _skipped(case: Case) -> str:
         return "only for the reference"
     if case.plugin == "any plugin that ends at 1.0.0":
         return "podwire does not end at 1.0.0"
-    for need in case.document.get("requires", []):
+    for need in case.document.get("requires") or []:
+        if case.plugin.startswith(ENI_STYLE) and "daemon" in need:
+            continue
         probe = _PROBES.get(need)
         if probe is None and shutil.which(need) is None:
             return f"needs {need}"

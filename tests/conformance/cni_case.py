@@ -90,7 +90,11 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def project_ipam(reference: dict[str, Any]) -> dict[str, Any]:
     """The reference's ipam object for the project's own address source."""
     ipam = {key: value for key, value in reference.items() if key not in ("type", "dataDir")}
-    return {"type": "podwire-ipam", **ipam} if "type" in reference else ipam
+    if "type" not in reference:
+        return ipam
+    # Of a plugin that is nowhere, its type is the point.
+    ours = _NAMES.get(reference["type"]) == "podwire-ipam"
+    return {"type": "podwire-ipam" if ours else reference["type"], **ipam}
 
 
 def configuration(case: Case, step: dict[str, Any]) -> dict[str, Any]:

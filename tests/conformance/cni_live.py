@@ -14,10 +14,15 @@ class Live:
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
-        self.links: list[dict[str, Any]] = self.ask("ip", "-d", "-j", "address", "show")
+        self.links: list[dict[str, Any]] = []
+        if namespace.fd >= 0:  # one that was deleted has nothing
+            self.links = self.ask("ip", "-d", "-j", "address", "show")
+
+    def text(self, *command: str) -> str:
+        return self._namespace.run(*command) if self._namespace.fd >= 0 else ""
 
     def ask(self, *command: str) -> list[dict[str, Any]]:
-        text = self._namespace.run(*command).strip()
+        text = self.text(*command).strip()
         return json.loads(text) if text else []
 
     def link(self, name: str) -> dict[str, Any] | None:
@@ -47,11 +52,16 @@ class Live:
         found = self.ask("ip", f"-{family}", "-j", "route", "show", "table", "all")
         return [{"table": "main", **_named(each)} for each in found]
 
-    def rules(self) -> list[dict[str, Any]]:
-        return self.ask("ip", "-j", "rule") + self.ask("ip", "-6", "-j", "rule")
+    def rules(self) -> list[str]:
+        """The lines of `ip rule` in both families."""
+        return (self.text("ip", "rule") + self.text("ip", "-6", "rule")).splitlines()
 
     def neighbours(self) -> list[dict[str, Any]]:
         return self.ask("ip", "-j", "neigh", "show")
+
+    def forwards(self) -> list[dict[str, Any]]:
+        """Forwarding entries of bridges and VXLAN devices."""
+        return self.ask("bridge", "-j", "fdb", "show")
 
     def qdiscs(self) -> list[dict[str, Any]]:
         return self.ask("tc", "-j", "qdisc", "show")
@@ -85,9 +95,15 @@ def normal(text: Any) -> Any:
 
 
 def _named(route: dict[str, Any]) -> dict[str, Any]:
-    named = {key: value for key, value in route.items() if key != "gateway"}
+    """In the words of the cases."""
+    named = {key: value for key, value in route.items() if key not in ("gateway", "metrics")}
     if "gateway" in route:
-        named["via"] = route["gateway"]
+        named["via"] = named["gw"] = route["gateway"]
+    if "metric" in route:
+        named["priority"] = route["metric"]
+    for metrics in route.get("metrics", []):
+        named.update(metrics)
+    named["onlink"] = "onlink" in route.get("flags", [])
     return named
 
 

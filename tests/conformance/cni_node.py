@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from podwire.cni.assembly import STATE_FILE, assemble, boot_time
+from podwire.cni.lifecycle import Lifecycle
 from podwire.cni.plan import NodeConfig
 from podwire.cni.server import SOCKET, CniServer
 from podwire.datapath.nftables.spoof import SpoofGuard
@@ -30,8 +31,10 @@ _numbers = itertools.count()
 
 def build_shim() -> None:
     """Compile the shim when it is older than its source."""
-    source = REPOSITORY / "podwire" / "cni" / "shim.c"
-    if SHIM.exists() and SHIM.stat().st_mtime >= source.stat().st_mtime:
+    folder = REPOSITORY / "podwire" / "cni"
+    source = folder / "shim.c"
+    newest = max(each.stat().st_mtime for each in (source, folder / "disconnect.h"))
+    if SHIM.exists() and SHIM.stat().st_mtime >= newest:
         return
     SHIM.parent.mkdir(exist_ok=True)
     draft = SHIM.with_suffix(f".{os.getpid()}")
@@ -72,11 +75,18 @@ def _guard() -> SpoofGuard:
     return guard
 
 
+Clock = Callable[[], float]
+
+
 class Node:
     """`folder` holds run and state directories and the plugins by their names."""
 
     def __init__(
-        self, config: Callable[[], NodeConfig] = NodeConfig, *, guarded: bool = False
+        self,
+        config: Callable[[], NodeConfig] = NodeConfig,
+        *,
+        guarded: bool = False,
+        made_by: Callable[[State, Clock], Lifecycle] | None = None,
     ) -> None:
         build_shim()
         self.namespace = Namespace("node")
@@ -89,6 +99,10 @@ class Node:
         self.socket = self.folder / "run" / SOCKET
         self._config = config
         self._guarded = guarded
+        self._made_by = made_by
+        self._neighbours: list[Namespace] = []
+        self.table_of: Callable[[str], str] = lambda _: ""
+        self._skip = self.folder / "skip"
         self._pid = 0
         self.namespace.run("ip", "link", "set", "lo", "up")
 
@@ -100,8 +114,13 @@ class Node:
 
     def close(self) -> None:
         self.kill()
-        self.namespace.close()
+        for namespace in (self.namespace, *self._neighbours):
+            namespace.close()
         self._folder.cleanup()
+
+    def also_closes(self, neighbour: Namespace) -> None:
+        """A namespace that lives as long as the node."""
+        self._neighbours.append(neighbour)
 
     @property
     def running(self) -> bool:
@@ -132,8 +151,9 @@ class Node:
     def kill(self) -> None:
         self._end(signal.SIGKILL)
 
-    def skip_time(self) -> None:
-        """Let an hour pass on the pool's clock."""
+    def skip_time(self, seconds: float = 3600) -> None:
+        """Let so much pass on the pool's clock."""
+        self._skip.write_text(str(seconds))
         os.kill(self._pid, signal.SIGUSR1)
         assert self._pipe.read(1) == b"+"
 
@@ -166,6 +186,12 @@ class Node:
             self._pipe.close()
             self._pid = 0
 
+    def _lifecycle(self, now: Clock) -> Lifecycle:
+        if self._made_by:
+            return self._made_by(self.state(), now)
+        guard = _guard() if self._guarded else None
+        return assemble(self.state(), node=self._config, guard=guard, now=now)
+
     def _child(self, write: int) -> None:
         status = 1
         skipped = 0.0
@@ -174,17 +200,12 @@ class Node:
             signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
             logging.getLogger("podwire.cni").setLevel(logging.ERROR)  # refusals are what is tested
             with netns.entered(self.namespace.fd):
-                lifecycle = assemble(
-                    self.state(),
-                    node=self._config,
-                    guard=_guard() if self._guarded else None,
-                    now=lambda: boot_time() + skipped,
-                )
+                lifecycle = self._lifecycle(lambda: boot_time() + skipped)
                 server = CniServer(self.folder / "run", lifecycle)
                 server.start()
                 os.write(write, b"+")
                 while signal.sigwait(awaited) == signal.SIGUSR1:
-                    skipped += 3600
+                    skipped += float(self._skip.read_text())
                     os.write(write, b"+")
                 server.stop()
             status = 0
