@@ -92,8 +92,7 @@ class Lab:
         try:
             supervisor.start(lab, record, [f"node{i}" for i in range(1, nodes + 1)])
         except PodwireError:
-            if not os.environ.get("PODWIRE_LAB_KEEP"):
-                teardown.down(lab)
+            teardown.down(lab)
             raise
         return cls(name)
 

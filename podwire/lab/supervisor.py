@@ -32,7 +32,7 @@ from podwire.errors import ConfigError, PodwireError
 from podwire.lab import cgroups, enter, mounts, process, topology
 from podwire.lab.cloud import network
 from podwire.lab.cloud.main import cloud_main
-from podwire.lab.services import agent_main, api_main, prepare_access, runtime_main
+from podwire.lab.roles import agent_main, api_main, prepare_access, runtime_main
 from podwire.lab.state import LabDir, Node, Record, this_process
 
 log = logging.getLogger("podwire.lab.supervisor")
