@@ -148,7 +148,7 @@ class Agent:
         if cni is not None:
             await asyncio.to_thread(cni.start)
             stack.callback(cni.stop)
-        event(log, logging.INFO, "ready", node=self.options.node_name, datapath=built.datapath,
+        event(log, logging.INFO, "ready", node=self.options.node_name, datapath=built.datapath.name,
               parts=",".join(sync.name for sync in self._syncs), version=__version__)  # fmt: skip
         async with asyncio.TaskGroup() as group:
             group.create_task(self._loop.run())
@@ -170,7 +170,7 @@ class Agent:
         if any(sync.error for sync in self._syncs):
             return
         try:
-            for name, leftover in parts.other_paths(self.options, built.datapath):
+            for name, leftover in built.datapath.others():
                 leftover.cleanup()
                 event(log, logging.DEBUG, "no other data path is left", part=name)
             if "services" in self.options.parts:

@@ -14,6 +14,7 @@ from podwire.agent import node as own_node
 from podwire.agent.admission import Admission
 from podwire.agent.conntrack import ConntrackRoom
 from podwire.agent.control import ControlServer
+from podwire.agent.datapaths import BRIDGE, DataPath, leftovers
 from podwire.agent.health import ServiceHealth
 from podwire.agent.loop import Loop
 from podwire.agent.options import Options
@@ -27,15 +28,7 @@ from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.datapath import Part, Requirement
-from podwire.datapath.ebpf.nodes import NodesPart as EbpfNodesPart
-from podwire.datapath.ebpf.policy import PolicyPart as EbpfPolicyPart
-from podwire.datapath.ebpf.programs import Programs
-from podwire.datapath.ebpf.services import ServicesPart as EbpfServicesPart
-from podwire.datapath.nftables.nodes import NodesPart
-from podwire.datapath.nftables.policy import PolicyPart
-from podwire.datapath.nftables.services import ServicesPart
 from podwire.datapath.nftables.vpc import VpcPart
-from podwire.errors import Unsupported
 from podwire.ipam.vpc.settings import read_settings
 from podwire.ipam.vpc.threads import POOL as VPC_POOL
 from podwire.kube.objects import (
@@ -48,10 +41,9 @@ from podwire.kube.objects import (
 from podwire.kube.store import ChangeSet, Kind, Store
 from podwire.net import parse_prefix
 from podwire.nodes import RouteCompiler
-from podwire.services import ProxyConfig, ServiceCompiler, ServiceTable
+from podwire.services import ServiceCompiler, ServiceTable
 from podwire.wiring.routes import NodeRoutes
 
-BRIDGE = "cni0"
 SERVICE_KINDS: tuple[Kind, ...] = (Node, Service, EndpointSlice, ServiceCIDR)
 
 FORWARDING = (
@@ -72,8 +64,7 @@ BRIDGE_NETFILTER = tuple(
 class Built:
     """One agent's rooms. `cni` makes the CNI server once the main loop is there."""
 
-    datapath: str
-    programs: Programs | None = None  # of the eBPF data path
+    datapath: DataPath
     syncs: list[Sync[Any]] = field(default_factory=list[Sync[Any]])
     requirements: list[Requirement] = field(default_factory=list[Requirement])
     cni: Callable[[Loop, Store, Callable[[], bool]], Pods] | None = None
@@ -133,9 +124,7 @@ def must_restart(options: Options, old: Node | None, new: Node | None) -> bool:
 
 def build(options: Options, node: Node) -> Built:
     """The rooms for these options. Raises Unsupported, ConfigError."""
-    built = Built(_datapath(options))
-    if built.datapath == "ebpf":
-        built.programs = ebpf.make_programs(options)
+    built = Built(DataPath(options))
     room = _add_conntrack(built, options)
     if "nodes" in options.parts and options.wiring != "vpc":  # the VPC routes between nodes
         _add_nodes(built, options)
@@ -145,17 +134,6 @@ def build(options: Options, node: Node) -> Built:
     if "cni" in options.parts:
         _add_cni(built, options, node, policy)
     return built
-
-
-def _datapath(options: Options) -> str:
-    if options.datapath in ("auto", "nftables"):
-        return "nftables"
-    if options.datapath == "ebpf":
-        lacks = ebpf.unavailable()
-        if lacks:
-            raise Unsupported(f"--datapath ebpf: this machine lacks {lacks}")
-        return "ebpf"
-    raise Unsupported(f"--datapath {options.datapath} is not in this build")
 
 
 def _add_nodes(built: Built, options: Options) -> None:
@@ -171,8 +149,8 @@ def _add_nodes(built: Built, options: Options) -> None:
         lambda loop: Watcher("routes", routes.concerns, lambda: loop.verify(sync))
     )
     if options.masquerade:
-        path = EbpfNodesPart(built.programs) if built.programs is not None else NodesPart()
-        built.syncs.append(Sync("masquerade", (Node,), compiler.update, path))
+        part = built.datapath.nodes()
+        built.syncs.append(Sync("masquerade", (Node,), compiler.update, part))
     built.requirements += FORWARDING
 
 
@@ -180,7 +158,8 @@ def _add_conntrack(built: Built, options: Options) -> ConntrackRoom:
     def services() -> ServiceTable | None:
         return next((sync.table for sync in built.syncs if sync.name == "services"), None)
 
-    own = EbpfSource(built.programs) if built.programs is not None else None
+    programs = built.datapath.programs
+    own = EbpfSource(programs) if programs is not None else None
     room = ConntrackRoom(options, services, own)
     built.preparing.append(room.prepare)
     built.serving.append(room.serve)
@@ -197,11 +176,9 @@ def _add_conntrack(built: Built, options: Options) -> ConntrackRoom:
 def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoom) -> None:
     config = own_node.proxy_config(options, node)
     compiler = ServiceCompiler(own_node.facts(node), config)
-    path: ReapingPart | EbpfServicesPart
-    if built.programs is not None:  # which ends the flows in its own table
-        path = EbpfServicesPart(config, programs=built.programs)
-    else:
-        path = ReapingPart(ServicesPart(config), room.collector.removed)
+    path = built.datapath.services(config)
+    if built.datapath.programs is None:  # with it, they end the flows in their own table
+        path = ReapingPart(path, room.collector.removed)
 
     health = ServiceHealth()
 
@@ -233,11 +210,7 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
 
 
 def _add_policy(built: Built, options: Options) -> PolicyRoom:
-    path: PolicyPart | EbpfPolicyPart
-    if built.programs is not None:
-        path = EbpfPolicyPart(programs=built.programs)
-    else:
-        path = PolicyPart(bridge=BRIDGE if options.wiring == "bridge" else None)
+    path = built.datapath.policy()
     built.requirements += path.requirements
     room = PolicyRoom(options, path)
     built.syncs.append(room.sync)
@@ -271,8 +244,8 @@ def _add_cni(
         gate: Gate | None = None
         if policy is not None:
             gate = Admission(loop, store, synced, policy.compiler, policy.sync)
-        if built.programs is not None:
-            gate = ebpf.EbpfGate(built.programs, gate)
+        if built.datapath.programs is not None:
+            gate = ebpf.EbpfGate(built.datapath.programs, gate)
         pods = Pods(options, config, gate, vpc)
         if vpc is not None:
             built.preparing.append(partial(vpc.start, store))
@@ -288,11 +261,6 @@ def _add_cni(
         built.requirements += BRIDGE_NETFILTER
 
 
-def other_paths(options: Options, datapath: str) -> Iterator[tuple[str, Part[Any]]]:
-    """The parts of data paths that do not run here, whose leftovers go once ours is complete."""
-    yield from ()
-
-
 def _mtu(vpc: VpcMode | None, routes: NodeRoutes | None) -> int:
     if vpc is not None:
         return vpc.mtu
@@ -302,7 +270,6 @@ def _mtu(vpc: VpcMode | None, routes: NodeRoutes | None) -> int:
 def all_paths(options: Options) -> Iterator[tuple[str, Part[Any]]]:
     """Every part that this or another data path may have left in the kernel, for `--cleanup`."""
     yield "routes", NodeRoutes()
-    yield "masquerade", NodesPart()
-    yield "services", ServicesPart(ProxyConfig())
-    yield "policy", PolicyPart(bridge=BRIDGE)
+    for path, name, part in leftovers(options):
+        yield f"{path} {name}", part
     yield "vpc", VpcPart()

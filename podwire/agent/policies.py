@@ -19,6 +19,7 @@ from podwire.agent.logs import event
 from podwire.agent.options import Options
 from podwire.agent.sync import Sync
 from podwire.datapath import Part
+from podwire.datapath.iptables.policy import PolicyPart as IptablesPolicyPart
 from podwire.datapath.nftables.policy import PolicyPart
 from podwire.datapath.nftables.policy_rules import LOG_GROUP
 from podwire.errors import KernelError
@@ -35,11 +36,11 @@ _WAITING = 1000
 
 
 class PolicyRoom:
-    """All about policies of one agent, whatever the data path. Counters and logs: nftables'."""
+    """All about policies of one agent, whatever the data path. Counters and logs: not on eBPF."""
 
     def __init__(self, options: Options, path: Part[PolicyTable]) -> None:
         self.compiler = PolicyCompiler(options.node_name)
-        self._counted = path if isinstance(path, PolicyPart) else None
+        self._counted = path if isinstance(path, (PolicyPart, IptablesPolicyPart)) else None
         part = CuttingPart(path) if options.cut_established else path
         self.sync: Sync[PolicyTable] = Sync("policy", KINDS, self.compiler.update, part)
         self._drops: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)

@@ -5,12 +5,14 @@ Source: ipset(8).
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from podwire.errors import KernelError, Unsupported
 from podwire.kernel import netns
+from podwire.net import Prefix, format_address
 
 _TIMEOUT_S = 60
 _MOST_ELEMENTS = 1 << 20
@@ -45,6 +47,10 @@ class IpSets:
 
     def __init__(self, netns_fd: int | None = None) -> None:
         self._netns_fd = netns_fd
+
+    def exist(self) -> bool:
+        """Whether there can be any: the program is installed."""
+        return shutil.which("ipset") is not None
 
     def restore(self, lines: Iterable[str]) -> None:
         """Run `create`, `add`, `del`, `destroy` lines in order; each is one change to the kernel.
@@ -95,6 +101,16 @@ class IpSets:
             raise Unsupported("the ipset program is missing: install the package ipset") from None
         except subprocess.TimeoutExpired:
             raise KernelError(f"ipset did not finish in {_TIMEOUT_S} s") from None
+
+
+def net_elements(prefix: Prefix) -> list[str]:
+    """The prefix as a hash:net set holds and prints it: everything is two halves."""
+    if not prefix.length:
+        halves = (Prefix(bytes([first]) + prefix.address[1:], 1) for first in (0, 128))
+        return [str(half) for half in halves]
+    if prefix.length == prefix.bits:
+        return [format_address(prefix.address)]
+    return [str(prefix)]
 
 
 def _words(text: str) -> Iterator[tuple[str, str, str]]:

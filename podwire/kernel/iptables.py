@@ -44,6 +44,7 @@ _CHAINS_AT_ONCE = 300
 _LEVELS = {4: socket.IPPROTO_IP, 6: socket.IPPROTO_IPV6}
 _DOMAINS = {4: socket.AF_INET, 6: socket.AF_INET6}
 _NF_FAMILIES = {4: IP, 6: IP6}
+_TABLES = ("raw", "mangle", "nat", "filter", "security")
 _HINT = "KUBE-IPTABLES-HINT"
 _GET_INFO = 64
 _INFO = struct.Struct("=32sI5I5III")  # name, valid hooks, entries, underflows, rules, bytes
@@ -80,11 +81,7 @@ def detect_flavour(netns_fd: int | None = None) -> Flavour:
     chosen = os.environ.get(ENVIRONMENT, "")
     if chosen and chosen not in FLAVOURS:
         raise Unsupported(f"{ENVIRONMENT} is {chosen!r}, not one of {', '.join(FLAVOURS)}")
-    there: list[Flavour] = [
-        flavour
-        for flavour in FLAVOURS
-        if chosen in ("", flavour) and shutil.which(f"iptables-{flavour}-restore")
-    ]
+    there: list[Flavour] = [f for f in FLAVOURS if chosen in ("", f) and installed(f)]
     if not there:
         name = f"iptables-{chosen}" if chosen else "iptables"
         raise Unsupported(f"the {name} program is missing: install the package iptables")
@@ -95,6 +92,11 @@ def detect_flavour(netns_fd: int | None = None) -> Flavour:
         if "mangle" in tables and _HINT in Iptables(4, flavour, netns_fd).save("mangle"):
             return flavour
     return "legacy" if "legacy" in netns.run(None, ["iptables", "--version"]).stdout else "nft"
+
+
+def installed(flavour: Flavour) -> bool:
+    """Whether the programs are there, for both families."""
+    return all(shutil.which(f"{ip}tables-{flavour}-restore") for ip in ("ip", "ip6"))
 
 
 def legacy_tables(netns_fd: int | None = None) -> list[str]:
@@ -123,11 +125,16 @@ class Iptables:
         """Whether the programs are installed."""
         return shutil.which(f"{self._name}-restore") is not None
 
-    def others(self) -> list[Iptables]:
-        """The same family in flavours that are installed, and used by somebody."""
-        used = {"nft": True, "legacy": bool(legacy_tables(self._netns_fd))}
-        others = (Iptables(self.family, f, self._netns_fd) for f in FLAVOURS if f != self.flavour)
-        return [each for each in others if each.exists() and used[each.flavour]]
+    def in_use(self) -> list[Iptables]:
+        """This family in every flavour that somebody uses here."""
+        used = {"nft": self._nft_tables(), "legacy": legacy_tables(self._netns_fd)}
+        every = (Iptables(self.family, flavour, self._netns_fd) for flavour in FLAVOURS)
+        return [each for each in every if each.exists() and used[each.flavour]]
+
+    def _nft_tables(self) -> list[str]:
+        with NfTables(self._netns_fd) as nft:
+            there = nft.tables(_NF_FAMILIES[self.family])
+        return [name for name in there if name in _TABLES]
 
     def restore(self, changes: Mapping[str, TableChange]) -> None:
         """Write the changes by table, each in one transaction; rules of others stay.

@@ -260,7 +260,9 @@ class Supervisor:
             self._died(child)
 
     def _command_start(self, request: Json) -> None:
+        """Start a process; `settings` of the lab (another data path) hold from now on."""
         child = self._named(request)
+        self.record.settings |= request.get("settings") or {}
         child.wanted = True
         if not child.pid:
             self._start(child)

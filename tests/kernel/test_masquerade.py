@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from podwire.datapath.iptables.nodes import NodesPart as IptablesPart
 from podwire.datapath.nftables.nodes import TABLE, NodesPart
 from podwire.kernel import address, link, netns, route, sysctl
 from podwire.kernel.address import InterfaceAddress
+from podwire.kernel.iptables import FLAVOURS, Flavour
 from podwire.kernel.link import End
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Prefix, parse_address, parse_prefix
@@ -29,7 +31,7 @@ class Net:
     pod: int
     node: int
     world: int
-    part: NodesPart
+    part: NodesPart | IptablesPart
 
 
 def table(*more: Prefix) -> RouteTable:
@@ -37,8 +39,20 @@ def table(*more: Prefix) -> RouteTable:
     return RouteTable("n1", "direct", pod_prefixes=own, cluster_prefixes=own | set(more))
 
 
+def on_iptables(flavour: Flavour) -> Callable[[int], IptablesPart]:
+    return lambda fd: IptablesPart(fd, flavour)
+
+
+EVERY_PATH = pytest.mark.parametrize(
+    "net",
+    [NodesPart, on_iptables("nft"), on_iptables("legacy")],
+    ids=["nftables", "iptables-nft", "iptables-legacy"],
+    indirect=True,
+)
+
+
 @pytest.fixture
-def net(make_netns: Callable[[], int]) -> Iterator[Net]:
+def net(request: pytest.FixtureRequest, make_netns: Callable[[], int]) -> Iterator[Net]:
     pod, node, world = make_netns(), make_netns(), make_netns()
     with (
         NetlinkSocket(netns_fd=pod) as p,
@@ -68,18 +82,53 @@ def net(make_netns: Callable[[], int]) -> Iterator[Net]:
         eth0 = present(n, "eth0").index
         n.run(route.add(route.direct(P("10.244.2.0/24"), eth0)))
     sysctl.write({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1}, node)
-    part = NodesPart(node)
+    part = getattr(request, "param", NodesPart)(node)
     part.start()
     part.apply(table(P("10.244.2.0/24")))
     yield Net(pod, node, world, part)
     part.close()
 
 
+@EVERY_PATH
 def test_only_what_leaves_the_cluster(net: Net) -> None:
     assert udp_source(net.pod, net.world, WORLD) == NODE
     assert udp_source(net.pod, net.world, WORLD6) == NODE6
     assert udp_source(net.pod, net.world, PEER) == POD
     assert udp_source(net.node, net.world, WORLD) == NODE
+
+
+@EVERY_PATH
+def test_what_is_the_cluster_changes(net: Net) -> None:
+    net.part.apply(table(P("10.0.0.0/8"), P("10.244.2.0/24"), P("192.0.2.0/24"), P("0.0.0.0/2")))
+    assert udp_source(net.pod, net.world, WORLD) == POD
+    net.part.apply(table(P("10.244.2.0/24"), P("255.255.255.0/24"), P("::/0")))
+    assert udp_source(net.pod, net.world, WORLD) == NODE
+    assert udp_source(net.pod, net.world, WORLD6) == POD6
+    assert net.part.verify() == []
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_on_iptables_meddling_is_repaired(net: Net, flavour: Flavour) -> None:
+    net.part.cleanup()
+    part = IptablesPart(net.node, flavour)
+    part.start()
+    part.apply(table(P("10.244.2.0/24")))
+    for command in (
+        [f"iptables-{flavour}", "-t", "nat", "-F"],
+        ["ipset", "flush", "podwire-nodes4-pods"],
+        ["ipset", "add", "podwire-nodes4-cluster", "192.0.2.0/24"],
+    ):
+        assert netns.run(net.node, command).returncode == 0
+        assert len(part.verify()) >= 1, command
+        assert part.verify() == []
+        assert udp_source(net.pod, net.world, WORLD) == NODE
+    again = IptablesPart(net.node, flavour)
+    again.start()
+    again.apply(table())
+    assert udp_source(net.pod, net.world, PEER) == NODE
+    again.cleanup()
+    assert "PODWIRE" not in netns.run(net.node, [f"iptables-{flavour}-save"]).stdout
+    assert netns.run(net.node, ["ipset", "list", "-n"]).stdout == ""
 
 
 def test_sets_follow_the_table(net: Net) -> None:

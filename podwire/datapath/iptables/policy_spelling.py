@@ -19,9 +19,9 @@ from podwire.datapath.iptables.policy_rules import (
     reason_chain,
 )
 from podwire.datapath.iptables.ruleset import ChainKey, Wanted
-from podwire.kernel.ipset import IpSet
+from podwire.kernel.ipset import IpSet, net_elements
 from podwire.kernel.iptables import Rules
-from podwire.net import Address, Protocol, format_address, range_to_prefixes
+from podwire.net import Prefix, Protocol, format_address, range_to_prefixes
 from podwire.policy import Direction, PolicyRef, PolicyTable, Verdict
 from podwire.policy.identities import Interval
 from podwire.policy.rulesets import RuleSet
@@ -255,14 +255,10 @@ def _union(members: Mapping[int, set[str]], identities: Iterable[int]) -> frozen
 
 
 def _cidrs(interval: Interval) -> Iterator[str]:
-    """A range as what a hash:net set holds: no prefix of length 0."""
     bits = len(interval.first) * 8
     first, last = (int.from_bytes(edge, "big") for edge in (interval.first, interval.last))
     for value, length in range_to_prefixes(first, last, bits):
-        for part in (value,) if length else (0, 1 << (bits - 1)):
-            address: Address = part.to_bytes(bits // 8, "big")
-            text = format_address(address)
-            yield text if length == bits else f"{text}/{length or 1}"
+        yield from net_elements(Prefix(value.to_bytes(bits // 8, "big"), length))
 
 
 def _tag(text: str) -> str:

@@ -147,7 +147,7 @@ class Ruleset:
 
     def remove(self) -> None:
         """Remove our chains, the rules that lead to them, and our sets."""
-        for iptables in self._flavours():
+        for iptables in self._iptables.in_use():  # we may have run with the other flavour before
             changes: dict[str, TableChange] = {}
             for table in self._hooks:
                 there = iptables.save(table)
@@ -160,12 +160,9 @@ class Ruleset:
                 if ours:
                     changes[table] = TableChange({}, ours, (), unhook)
             iptables.restore(changes)
-        self._sets.restore(f"destroy {name}" for name in self._sets.sizes(self._names.sets))
+        if self._sets.exist():
+            self._sets.restore(f"destroy {name}" for name in self._sets.sizes(self._names.sets))
         self._print, self._late_chains, self._late_sets = None, set(), set()
-
-    def _flavours(self) -> list[Iptables]:
-        """Ours, and the other flavour if somebody uses it: we may have run with it before."""
-        return [self._iptables, *self._iptables.others()]
 
     def _fingerprint(self) -> tuple[int, ...]:
         return tuple(self._iptables.fingerprint(table) for table in self._hooks)

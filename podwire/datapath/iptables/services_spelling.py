@@ -20,7 +20,7 @@ from podwire.datapath.iptables.services_rules import (
     from_pod,
     set_name,
 )
-from podwire.kernel.ipset import IpSet
+from podwire.kernel.ipset import IpSet, net_elements
 from podwire.kernel.iptables import Rules
 from podwire.net import Address, Prefix, format_address
 from podwire.services import (
@@ -81,7 +81,8 @@ class _Writer:
         if frontend.kind == FrontendKind.LOAD_BALANCER and port.source_ranges is not None:
             self._put("ranged", self._key(frontend))
             for prefix in port.source_ranges:
-                self._put("ranges", f"{self._key(frontend)},{_prefix(prefix)}")
+                for part in net_elements(prefix):
+                    self._put("ranges", f"{self._key(frontend)},{part}")
         if not port.has_endpoints:
             self._refuse("rejected", frontend)
             return
@@ -207,19 +208,8 @@ def settings_elements(settings: Settings, family: Family) -> Iterator[tuple[str,
     ):
         for prefix in prefixes:
             if len(prefix.address) == size:
-                for part in _halves(prefix):
-                    yield set_name(family, name), _prefix(part)
-
-
-def _halves(prefix: Prefix) -> list[Prefix]:
-    """The prefix, or the two halves of everything: sets hold no prefix of length 0."""
-    if prefix.length:
-        return [prefix]
-    return [Prefix(bytes([first]) + prefix.address[1:], 1) for first in (0, 128)]
-
-
-def _prefix(prefix: Prefix) -> str:
-    return format_address(prefix.address) if prefix.length == prefix.bits else str(prefix)
+                for element in net_elements(prefix):
+                    yield set_name(family, name), element
 
 
 def _dnat(backend: Backend) -> str:

@@ -1,0 +1,94 @@
+"""The data paths: which there are, which parts each has, and what is left of those not in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from podwire.agent import ebpf
+from podwire.agent.options import Options
+from podwire.datapath import Part
+from podwire.datapath.ebpf.nodes import NodesPart as EbpfNodesPart
+from podwire.datapath.ebpf.policy import PolicyPart as EbpfPolicyPart
+from podwire.datapath.ebpf.programs import Programs
+from podwire.datapath.ebpf.services import ServicesPart as EbpfServicesPart
+from podwire.datapath.iptables.nodes import NodesPart as IptablesNodesPart
+from podwire.datapath.iptables.policy import PolicyPart as IptablesPolicyPart
+from podwire.datapath.iptables.services import ServicesPart as IptablesServicesPart
+from podwire.datapath.nftables.nodes import NodesPart as NftablesNodesPart
+from podwire.datapath.nftables.policy import PolicyPart as NftablesPolicyPart
+from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
+from podwire.errors import Unsupported
+from podwire.kernel.iptables import FLAVOURS, Flavour, detect_flavour, installed
+from podwire.nodes import RouteTable
+from podwire.policy import PolicyTable
+from podwire.services import ProxyConfig, ServiceTable
+
+BRIDGE = "cni0"
+
+
+class DataPath:
+    """The one that this agent runs."""
+
+    def __init__(self, options: Options) -> None:
+        """Raises Unsupported, with what the machine lacks for the one that is asked for."""
+        self._options = options
+        self.name = "nftables" if options.datapath == "auto" else options.datapath
+        self.programs: Programs | None = None
+        self._flavour: Flavour | None = None
+        if self.name == "ebpf":
+            lacks = ebpf.unavailable()
+            if lacks:
+                raise Unsupported(f"--datapath ebpf: this machine lacks {lacks}")
+            self.programs = ebpf.make_programs(options)
+        elif self.name == "iptables":
+            self._flavour = detect_flavour()
+
+    def nodes(self) -> Part[RouteTable]:
+        if self.programs is not None:
+            return EbpfNodesPart(self.programs)
+        if self.name == "iptables":
+            return IptablesNodesPart(flavour=self._flavour)
+        return NftablesNodesPart()
+
+    def services(self, config: ProxyConfig) -> Part[ServiceTable]:
+        if self.programs is not None:
+            return EbpfServicesPart(config, programs=self.programs)
+        if self.name == "iptables":
+            return IptablesServicesPart(config, flavour=self._flavour)
+        return NftablesServicesPart(config)
+
+    def policy(self) -> Part[PolicyTable]:
+        if self.programs is not None:
+            return EbpfPolicyPart(programs=self.programs)
+        bridge = BRIDGE if self._options.wiring == "bridge" else None
+        if self.name == "iptables":
+            return IptablesPolicyPart(bridge=bridge, flavour=self._flavour)
+        return NftablesPolicyPart(bridge=bridge)
+
+    def others(self) -> Iterator[tuple[str, Part[Any]]]:
+        """Parts of the data paths that do not run, whose leftovers go once this one is complete."""
+        wanted = {
+            "services": "services" in self._options.parts,
+            "policy": "policy" in self._options.parts,
+            "masquerade": "nodes" in self._options.parts,
+        }
+        for path, name, part in leftovers(self._options):
+            if path != self.name and wanted.get(name, all(wanted.values())):
+                yield f"{path} {name}", part
+
+
+def leftovers(options: Options) -> Iterator[tuple[str, str, Part[Any]]]:
+    """Data path, name and part of all that an agent of this node may have left in the kernel."""
+    yield "nftables", "services", NftablesServicesPart(ProxyConfig())
+    yield "nftables", "policy", NftablesPolicyPart(bridge=BRIDGE)
+    yield "nftables", "masquerade", NftablesNodesPart()
+    for flavour in FLAVOURS:
+        if installed(flavour):
+            yield "iptables", "services", IptablesServicesPart(ProxyConfig(), flavour=flavour)
+            yield "iptables", "policy", IptablesPolicyPart(bridge=BRIDGE, flavour=flavour)
+            yield "iptables", "masquerade", IptablesNodesPart(flavour=flavour)
+            break  # each removes what either flavour holds
+    programs = Programs(options.node_name)
+    if programs.folder.exists():
+        yield "ebpf", "programs", EbpfServicesPart(ProxyConfig(), programs=programs)

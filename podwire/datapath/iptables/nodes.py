@@ -1,0 +1,133 @@
+"""Masquerading of what leaves the cluster, by one rule and two sets. Chain `PODWIRE-NODES-OUT`.
+
+One meaning with `podwire.datapath.nftables.nodes`; nodes that come and go are elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from podwire.datapath import Requirement
+from podwire.datapath.iptables.ruleset import Member, Names, Ruleset, Update, Wanted
+from podwire.errors import Unsupported
+from podwire.kernel.ipset import IpSet, IpSets, net_elements
+from podwire.kernel.iptables import Flavour, Hook, Iptables, Rules, detect_flavour
+from podwire.net import Prefix
+from podwire.nodes import RouteTable
+from podwire.services import Family
+
+_CHAIN = "PODWIRE-NODES-"
+_HOOKS = {
+    "nat": [Hook("POSTROUTING", f'-m comment --comment "podwire nodes" -j {_CHAIN}OUT')],
+}
+# Multicast and broadcast never leave by routing; bridged, they must keep their source.
+_NOT_OUT: dict[Family, tuple[str, ...]] = {
+    4: ("224.0.0.0/4", "255.255.255.255/32"),
+    6: ("fe80::/10", "ff00::/8"),
+}
+_FAMILIES: tuple[Family, Family] = (4, 6)
+_FORWARD_IPV4 = Requirement("net.ipv4.ip_forward", "1", "pods are behind this node")
+_FORWARD_IPV6 = Requirement("net.ipv6.conf.all.forwarding", "1", "pods are behind this node")
+
+
+class NodesPart:
+    """The masquerade half of a RouteTable; the routes are `wiring.routes`."""
+
+    requirements: Sequence[Requirement] = (_FORWARD_IPV4,)
+
+    def __init__(self, netns_fd: int | None = None, flavour: Flavour | None = None) -> None:
+        self._flavour: Flavour = flavour or detect_flavour(netns_fd)
+        self._iptables = {f: Iptables(f, self._flavour, netns_fd) for f in _FAMILIES}
+        sets = IpSets(netns_fd)
+        self._kernel = {f: Ruleset(self._iptables[f], sets, _names(f), _HOOKS) for f in _FAMILIES}
+        self._held: dict[Family, Wanted] = {}  # empty: not known
+        self._table: RouteTable | None = None
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def start(self) -> None:
+        """What an earlier process left stays in force until the first table is applied."""
+        for iptables in self._iptables.values():
+            if not iptables.exists():
+                raise Unsupported(f"{iptables} is missing: install the package iptables")
+        self._held, self._table = {}, None
+
+    def apply(self, table: RouteTable) -> None:
+        """Make the sets hold `table`'s prefixes."""
+        if table is self._table and self._held:
+            return
+        wanted: dict[Family, Wanted] = {f: _wanted(table, f) for f in _FAMILIES}
+        held = self._held
+        self._held = {}  # until all is written, it is not known
+        for family in _FAMILIES:
+            kernel = self._kernel[family]
+            if held:
+                kernel.write(_update(held[family], wanted[family]))
+            else:
+                kernel.replace(wanted[family])
+        self._held, self._table = wanted, table
+        ipv6 = any(prefix.bits == 128 for prefix in table.pod_prefixes)
+        self.requirements = (_FORWARD_IPV4, _FORWARD_IPV6) if ipv6 else (_FORWARD_IPV4,)
+
+    def flush(self) -> None:
+        """Nothing waits: nodes leave rarely."""
+
+    def verify(self) -> list[str]:
+        """Repair what somebody changed, and say so."""
+        repairs: list[str] = []
+        for family, wanted in self._held.items():
+            repairs += self._kernel[family].replace(wanted)
+        return repairs
+
+    def cleanup(self) -> None:
+        """Remove all of ours."""
+        for kernel in self._kernel.values():
+            kernel.remove()
+        self._held, self._table = {}, None
+
+    def status(self) -> dict[str, object]:
+        return {
+            name: len(elements)
+            for wanted in self._held.values()
+            for name, elements in wanted.elements.items()
+        }
+
+
+def _names(family: Family) -> Names:
+    return Names(_CHAIN, f"podwire-nodes{family}-")
+
+
+def _wanted(table: RouteTable, family: Family) -> Wanted:
+    pods, cluster = (_names(family).sets + name for name in ("pods", "cluster"))
+    rules: Rules = (
+        *(f"-d {prefix} -j RETURN" for prefix in _NOT_OUT[family]),
+        f"-m set --match-set {pods} src -m set ! --match-set {cluster} dst "
+        "-j MASQUERADE --random-fully",
+    )
+    return Wanted(
+        {("nat", f"{_CHAIN}OUT"): rules},
+        {name: IpSet(name, "hash:net", family) for name in (cluster, pods)},
+        {
+            cluster: _elements(table.cluster_prefixes, family),
+            pods: _elements(table.pod_prefixes, family),
+        },
+    )
+
+
+def _elements(prefixes: Iterable[Prefix], family: Family) -> set[str]:
+    bits = 32 if family == 4 else 128
+    return {text for p in prefixes if p.bits == bits for text in net_elements(p)}
+
+
+def _update(old: Wanted, new: Wanted) -> Update:
+    """What joins the cluster is known before pods send to it, what leaves it is forgotten last."""
+
+    def beyond(these: Wanted, those: Wanted) -> list[Member]:
+        return [
+            (name, element)
+            for name, elements in these.elements.items()
+            for element in sorted(set(elements) - set(those.elements[name]))
+        ]
+
+    return Update(adds=beyond(new, old), deletes=beyond(old, new)[::-1])
