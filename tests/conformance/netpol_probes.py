@@ -25,6 +25,7 @@ from podwire.net import Protocol, format_address
 
 PATIENCE_S = 4.0
 SETTLE_S = 0.05
+REPEAT_S = 0.5
 
 Cell: TypeAlias = tuple[str, str]
 _FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
@@ -88,8 +89,14 @@ class Prober:
             self._turn(0)
         waited_for = {a for a in (*attempts, *controls) if a.expected}
         deadline = time.monotonic() + PATIENCE_S
-        while waited_for - connected and time.monotonic() < deadline:
+        again = time.monotonic() + REPEAT_S
+        while (late := waited_for - connected) and time.monotonic() < deadline:
             self._turn(0.05)
+            if time.monotonic() > again:  # a busy machine loses datagrams; TCP repeats by itself
+                again += REPEAT_S
+                for attempt in late:
+                    if attempt.protocol is not Protocol.TCP:
+                        start[attempt.protocol](attempt, connected)
         quiet = time.monotonic() + SETTLE_S
         while (left := quiet - time.monotonic()) > 0:
             self._turn(left)
