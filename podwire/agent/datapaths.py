@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from podwire.agent import ebpf
-from podwire.agent.options import Options
+from podwire.agent.logs import event
+from podwire.agent.options import PARTS, Options
 from podwire.datapath import Part
 from podwire.datapath.ebpf.nodes import NodesPart as EbpfNodesPart
 from podwire.datapath.ebpf.policy import PolicyPart as EbpfPolicyPart
@@ -24,6 +26,8 @@ from podwire.nodes import RouteTable
 from podwire.policy import PolicyTable
 from podwire.services import ProxyConfig, ServiceTable
 
+log = logging.getLogger("podwire.agent.datapaths")
+
 BRIDGE = "cni0"
 
 
@@ -33,7 +37,12 @@ class DataPath:
     def __init__(self, options: Options) -> None:
         """Raises Unsupported, with what the machine lacks for the one that is asked for."""
         self._options = options
-        self.name = "nftables" if options.datapath == "auto" else options.datapath
+        self.name = options.datapath
+        if self.name == "auto":
+            lacks = _unfit(options) or ebpf.unavailable()
+            self.name = "nftables" if lacks else "ebpf"
+            if lacks:
+                event(log, logging.INFO, "nftables serves: eBPF is not to be had", lacks=lacks)
         self.programs: Programs | None = None
         self._flavour: Flavour | None = None
         if self.name == "ebpf":
@@ -76,6 +85,15 @@ class DataPath:
         for path, name, part in leftovers(self._options):
             if path != self.name and wanted.get(name, all(wanted.values())):
                 yield f"{path} {name}", part
+
+
+def _unfit(options: Options) -> str:
+    """What of these options eBPF does not serve, or ""."""
+    if options.parts != PARTS:
+        return "pods of its own (--only)"
+    if options.wiring != "routed":
+        return "routed wiring (--wiring routed)"
+    return "direct routing (--routing direct)" if options.routing != "direct" else ""
 
 
 def leftovers(options: Options) -> Iterator[tuple[str, str, Part[Any]]]:
