@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
@@ -19,8 +19,7 @@ from podwire.agent.logs import event
 from podwire.agent.options import Options
 from podwire.agent.sync import Sync
 from podwire.datapath import Part
-from podwire.datapath.iptables.policy import PolicyPart as IptablesPolicyPart
-from podwire.datapath.nftables.policy import PolicyPart
+from podwire.datapath.nftables.policy import Count
 from podwire.datapath.nftables.policy_rules import LOG_GROUP
 from podwire.errors import KernelError
 from podwire.kernel.nflog import Listener
@@ -35,12 +34,21 @@ _REMEMBERED = 1000
 _WAITING = 1000
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """A data path of netfilter: it counts by reason, and logs to `LOG_GROUP`."""
+
+    def counts(self) -> list[Count]: ...
+
+
 class PolicyRoom:
-    """All about policies of one agent, whatever the data path. Counters and logs: not on eBPF."""
+    """All about policies of one agent, whatever the data path."""
 
     def __init__(self, options: Options, path: Part[PolicyTable]) -> None:
-        self.compiler = PolicyCompiler(options.node_name)
-        self._counted = path if isinstance(path, (PolicyPart, IptablesPolicyPart)) else None
+        self.compiler = PolicyCompiler(
+            options.node_name, attach_own_pods="cni" not in options.parts
+        )
+        self._counted = path if isinstance(path, Counting) else None
         part = CuttingPart(path) if options.cut_established else path
         self.sync: Sync[PolicyTable] = Sync("policy", KINDS, self.compiler.update, part)
         self._drops: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)

@@ -20,7 +20,14 @@ from podwire.kube.objects import (
 from podwire.kube.store import Change, ChangeSet
 from podwire.net import Address
 from podwire.policy import clusternetworkpolicy, networkpolicy
-from podwire.policy.hosts import Attachment, Hosts, namespace_labels, pod_facts, pod_host
+from podwire.policy.hosts import (
+    Attachment,
+    Hosts,
+    PodFacts,
+    namespace_labels,
+    pod_facts,
+    pod_host,
+)
 from podwire.policy.identities import PeerIndex
 from podwire.policy.model import Direction, Host, Key, Peer, Policy, PolicyRef
 from podwire.policy.rulesets import CLOSED, Group, RuleSet, RuleSetKey, closed
@@ -33,10 +40,15 @@ _MANY_POLICIES = 50
 
 
 class PolicyCompiler:
-    """Feed it change sets and this node's attachments; each `update` returns the new table."""
+    """Feed it change sets and this node's attachments; each `update` returns the new table.
 
-    def __init__(self, node_name: str) -> None:
+    With `attach_own_pods` it takes the node's pods from their objects instead: for nodes whose pods
+    are wired by somebody else. Such a pod is enforced from when its status names its address.
+    """
+
+    def __init__(self, node_name: str, *, attach_own_pods: bool = False) -> None:
         self._node_name = node_name
+        self._attach_own_pods = attach_own_pods
         self._revision = 0
         self._hosts = Hosts()
         self._policies: dict[PolicyRef, Policy] = {}
@@ -101,8 +113,16 @@ class PolicyCompiler:
             if facts == self._hosts.pods.get(key):
                 continue
             self._hosts.set_pod(key, facts)
+            if self._attach_own_pods:
+                self._attach_own(key, facts)
             if key in self._hosts.attachments:
                 self._dirty.add(key)
+
+    def _attach_own(self, key: Key, facts: PodFacts | None) -> None:
+        if facts is None or not facts.addresses or facts.host_network:
+            self.detach(key)
+        elif facts.node == self._node_name:
+            self.attach(Attachment(key, "", facts.addresses, facts.uid))
 
     def _take_policies(self, changes: ChangeSet) -> None:
         steps = [

@@ -42,7 +42,10 @@ class PodFacts:
 
 
 class Attachment(NamedTuple):
-    """A pod's link on this node: host-side interface, its addresses. `uid` may be unknown."""
+    """A pod's link on this node: host-side interface, its addresses.
+
+    `uid` and `link` are empty where they are not known.
+    """
 
     pod: Key
     link: str

@@ -340,6 +340,8 @@ class PolicyPart:
             ):
                 if number is not None:
                     out.setdefault(sets[len(address)], {})[address, None, 0] = _number(number)
+        if not endpoint.link:
+            return out
         link = _ifname(endpoint.link)
         if not self._bridge:
             out[rules.LINKS] = {(link, None, 0): None}

@@ -324,6 +324,17 @@ def test_an_attached_pod_that_the_api_does_not_know_is_closed() -> None:
         assert table.outcome(number, p("10.0.2.1"), 6, 80).verdict is Verdict.DENY
 
 
+def test_pods_that_somebody_else_wires_are_taken_from_their_objects() -> None:
+    store = cluster(ingress())
+    compiler = PolicyCompiler("n1", attach_own_pods=True)
+    table = compiler.update(store.take())
+    assert set(table.endpoints) == {("x", "a"), ("x", "b")}
+    number = table.endpoints["x", "a"].ingress
+    assert table.outcome(number, p("10.0.2.1"), 6, 80).verdict is Verdict.DENY
+    store.remove(Pod, ("x", "a"))
+    assert set(compiler.update(store.take()).endpoints) == {("x", "b")}
+
+
 def test_a_bad_subject_isolates_and_allows_nothing() -> None:
     bad = {"key": "app", "operator": "Equals", "values": ["a"]}
     spec = {"podSelector": {"matchExpressions": [bad]}, "ingress": [{}]}
