@@ -53,11 +53,11 @@ def translate(source: NetworkPolicy) -> Policy:
     namespace = source.metadata.namespace
     subject = compile_selector(spec.pod_selector, "spec.podSelector", report)
     ingress = tuple(
-        _rule(Direction.INGRESS, i, namespace, rule.from_, rule.ports, report)
+        _rule("ingress", "from", i, namespace, rule.from_, rule.ports, report)
         for i, rule in enumerate(spec.ingress or ())
     )
     egress = tuple(
-        _rule(Direction.EGRESS, i, namespace, rule.to, rule.ports, report)
+        _rule("egress", "to", i, namespace, rule.to, rule.ports, report)
         for i, rule in enumerate(spec.egress or ())
     )
     isolates = _directions(spec.policy_types, spec.egress, report)
@@ -105,34 +105,39 @@ def _directions(
 
 
 def _rule(
-    direction: Direction,
+    direction: str,
+    peers_name: str,
     number: int,
     namespace: str,
     peers: Sequence[NetworkPolicyPeer] | None,
     ports: Sequence[NetworkPolicyPort] | None,
     report: Report,
 ) -> Rule:
-    field = f"spec.{direction.value}[{number}]"
-    peer_pairs: list[tuple[Peer, str]] = []
+    field = f"spec.{direction}[{number}]"
+    good_peers: list[Peer] = []
+    peer_fields: list[str] = []
     for i, source in enumerate(peers or ()):
-        where = f"{field}.{direction.peers_field}[{i}]"
+        where = f"{field}.{peers_name}[{i}]"
         peer = _peer(source, namespace, where, report)
         if peer is not None:
-            peer_pairs.append((peer, where))
-    port_pairs: list[tuple[PortMatch, str]] = []
+            good_peers.append(peer)
+            peer_fields.append(where)
+    good_ports: list[PortMatch] = []
+    port_fields: list[str] = []
     for i, source in enumerate(ports or ()):
         where = f"{field}.ports[{i}]"
         port = _port(source, where, report)
         if port is not None:
-            port_pairs.append((port, where))
+            good_ports.append(port)
+            port_fields.append(where)
     return Rule(
         Action.ACCEPT,
         number,
         field,
-        tuple(peer for peer, _ in peer_pairs) if peers else None,
-        tuple(port for port, _ in port_pairs) if ports else None,
-        tuple(where for _, where in peer_pairs),
-        tuple(where for _, where in port_pairs),
+        tuple(good_peers) if peers else None,
+        tuple(good_ports) if ports else None,
+        tuple(peer_fields),
+        tuple(port_fields),
     )
 
 

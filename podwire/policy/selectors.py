@@ -63,6 +63,9 @@ _OPERATORS = {"In": True, "NotIn": True, "Exists": False, "DoesNotExist": False}
 
 def compile_selector(source: LabelSelector, field: str, report: Report) -> Selector | None:
     """The compiled selector; None, and a report by field, where it has no meaning."""
+    if not source.match_expressions:  # nearly all
+        labels = source.match_labels
+        return Selector(tuple(sorted(labels.items()))) if labels else EVERYTHING
     equals = dict(source.match_labels or {})
     requirements: list[Requirement] = []
     sound = True

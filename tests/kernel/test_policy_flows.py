@@ -314,6 +314,11 @@ def test_what_somebody_breaks_is_repaired(play: Play) -> None:
         assert done.returncode == 0, done.stderr
         assert part.verify() == [repair]
         assert not play.connects("x/b", "x/a", 80)
+    assert netns.run(fd, ["nft", "flush", "ruleset"]).returncode == 0
+    play.policy("x/more", DENY_IN)
+    play.pod("x/d", {"app": "d"}, addresses=("10.244.1.99",))
+    play.play()
+    assert not play.connects("x/b", "x/a", 80), "the next change finds it out"
     part.cleanup()
     assert play.connects("x/b", "x/a", 80)
 

@@ -91,6 +91,7 @@ class PolicyPart:
         self._codes: dict[Reason, int] = {}
         self._reasons: dict[int, Reason] = {}
         self._next_code = 1
+        self._generation = _UNKNOWN  # of all of nf_tables, when it last held what we think
 
     def close(self) -> None:
         self._nft.close()
@@ -106,16 +107,16 @@ class PolicyPart:
         """Make the kernel hold `table`, in one transaction."""
         if table is self._table:
             return
-        old = self._table
+        old, self._table = self._table, None  # should this fail, nothing is taken for granted
         try:
             if old is None:
                 self._replace(self._everything(table))
             else:
                 self._change(self._difference(old, table))
-        except KernelError:
-            self._table = None  # what is held is not known any more: the next try starts afresh
+        except KernelError:  # somebody changed our tables
+            self._make()
             self._held = self._read()
-            raise
+            self._replace(self._everything(table))
         self._table = table
         self._forget_codes(table)
 
@@ -125,8 +126,9 @@ class PolicyPart:
     def verify(self) -> list[str]:
         """Repair what somebody changed in our tables, and say so."""
         repairs: list[str] = []
-        if self._table is None:
+        if self._table is None or self._nft.generation() == self._generation:
             return repairs
+        generation = self._nft.generation()
         if not self._intact():
             self._make()
             repairs.append(f"made the rules of table {rules.TABLE} again")
@@ -136,6 +138,8 @@ class PolicyPart:
                 repairs.append(f"restored the set {rules.TABLE} {target.name}")
         self._held = held
         self._replace(expected)
+        if not repairs:
+            self._generation = generation
         return repairs
 
     def cleanup(self) -> None:
@@ -382,7 +386,12 @@ class PolicyPart:
             transaction.delete(target, gone)
         for target, elements in added.items():
             transaction.add(target, elements)
+        if not transaction:
+            return
+        before = self._nft.generation()
         self._nft.commit(transaction)
+        alone = before == self._generation and self._nft.generation() == before + 1
+        self._generation = before + 1 if alone else _UNKNOWN
         for change in transaction.changes:
             held = self._held[change.set]
             for element in change.elements:
@@ -392,6 +401,8 @@ class PolicyPart:
                 else:
                     held[place] = element.data
 
+
+_UNKNOWN = -1
 
 _VERDICTS = {Verdict.ALLOW: RETURN, Verdict.DENY: goto("denied"), Verdict.AUDIT: goto("audited")}
 
