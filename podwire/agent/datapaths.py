@@ -70,7 +70,8 @@ class DataPath:
     def policy(self) -> Part[PolicyTable]:
         if self.programs is not None:
             return EbpfPolicyPart(programs=self.programs)
-        bridge = BRIDGE if self._options.wiring == "bridge" else None
+        bridged = self._options.wiring == "bridge" and "cni" in self._options.parts
+        bridge = BRIDGE if bridged else None
         if self.name == "iptables":
             return IptablesPolicyPart(bridge=bridge, flavour=self._flavour)
         return NftablesPolicyPart(bridge=bridge)
