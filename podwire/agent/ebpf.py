@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from podwire.agent.options import Options
@@ -11,8 +10,6 @@ from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel.bpf import features
 from podwire.wiring import Attachment
-
-log = logging.getLogger("podwire.agent.ebpf")
 
 
 def unavailable() -> str:
