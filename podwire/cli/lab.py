@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from podwire.agent.options import Options
 from podwire.errors import ConfigError, PodwireError
 from podwire.lab import manifests, state
 from podwire.lab.cluster import UNREADY_TIMEOUT_S, Lab
@@ -94,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
+    # what no agent would start with is said here, before anything is made
+    Options(wiring=args.wiring, routing=args.routing, datapath=args.datapath).checked()
     found = manifests.read(args.file)
     terminal = Terminal()
     began = time.monotonic()
