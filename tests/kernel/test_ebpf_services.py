@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import pytest
 
@@ -93,10 +94,10 @@ def make_ports(family, protocol):
 @pytest.fixture(scope="module")
 def world():
     with World() as made:
-        programs = Programs(made.name)
+        programs = Programs(made.name, made.spaces["node"])
         part = ServicesPart(programs=programs)
         netns.call(made.spaces["node"], part.start)
-        made.part = part
+        made.part, made.programs = part, programs
         made.apply = lambda table: netns.call(made.spaces["node"], lambda: part.apply(table))
         for family in (4, 6):
             for kind in KINDS.values():
@@ -238,3 +239,18 @@ def test_one_port_to_the_service_and_to_its_backend_at_once(world):
         client.send(b"who")
         assert client.recv(100).decode().split()[0] == POD[1][4]
         client.close()
+
+
+def test_an_interface_that_comes_later_is_taken_in(world):
+    node = world.spaces["node"]
+    world.batch(node, "link add late0 type veth peer name late1")
+    index = world.ifindex("late0")
+    deadline = time.monotonic() + 10
+    wanted = f"from_network-{index}-ingress"
+    while wanted not in world.programs.attachments() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert wanted in world.programs.attachments()
+    world.batch(node, "link del late0")
+    while wanted in world.programs.attachments() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert wanted not in world.programs.attachments()

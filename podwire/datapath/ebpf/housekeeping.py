@@ -1,40 +1,92 @@
-"""What must happen every few seconds, whatever else the agent does."""
+"""What must happen every few seconds, and whenever an interface comes or goes."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import select
+import socket
 import threading
+import time
 from collections.abc import Callable
 
 from podwire.errors import PodwireError
+from podwire.kernel import netns
 
 log = logging.getLogger(__name__)
 _INTERVAL_S = 5.0
+_RTMGRP_LINK = 1
 
 
 class Housekeeping:
-    """A thread that does `work` again and again, from the first `start` to `stop`."""
+    """A thread that does `work` again and again, and `links_changed` when the kernel says so.
 
-    def __init__(self, work: Callable[[], object]) -> None:
+    It runs from the first `start` to `stop`, for the interfaces of `netns_fd` (default: the
+    caller's namespace).
+    """
+
+    def __init__(
+        self,
+        netns_fd: int | None,
+        work: Callable[[], object],
+        links_changed: Callable[[], object],
+    ) -> None:
+        self._netns_fd = netns_fd
         self._work = work
-        self._stopped = threading.Event()
+        self._links_changed = links_changed
         self._thread: threading.Thread | None = None
+        self._wake = -1
 
     def start(self) -> None:
         if self._thread is None:
-            self._stopped.clear()
-            self._thread = threading.Thread(target=self._run, name="bpf-housekeeping", daemon=True)
+            stopped, self._wake = os.pipe()
+            events = netns.socket(
+                self._netns_fd, socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE
+            )
+            events.bind((0, _RTMGRP_LINK))
+            events.setblocking(False)
+            self._thread = threading.Thread(
+                target=self._run, args=(stopped, events), name="bpf-housekeeping", daemon=True
+            )
             self._thread.start()
 
     def stop(self) -> None:
         if self._thread is not None:
-            self._stopped.set()
+            os.close(self._wake)
             self._thread.join()
             self._thread = None
 
-    def _run(self) -> None:
-        while not self._stopped.wait(_INTERVAL_S):
-            try:
-                self._work()
-            except PodwireError as error:
-                log.error("housekeeping of the eBPF maps: %s", error)
+    def _run(self, stopped: int, events: socket.socket) -> None:
+        due = time.monotonic() + _INTERVAL_S
+        with events:
+            while True:
+                left = max(0.0, due - time.monotonic())
+                ready = select.select([stopped, events], [], [], left)[0]
+                if stopped in ready:
+                    os.close(stopped)
+                    return
+                if events in ready:
+                    _drain(events)
+                    self._try(self._links_changed)
+                if time.monotonic() >= due:
+                    self._try(self._work)
+                    due = time.monotonic() + _INTERVAL_S
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except PodwireError as error:
+            log.error("housekeeping of the eBPF data path: %s", error)
+
+
+def _drain(events: socket.socket) -> None:
+    """Read all; that something changed is all that matters (also when the buffer overran)."""
+    while True:
+        try:
+            events.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise

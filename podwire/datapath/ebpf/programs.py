@@ -7,6 +7,7 @@ program of each link in one step. Traffic goes on in between.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -110,7 +111,7 @@ class Programs:
         self._detect = DetectBy.NONE
         self.maps: dict[str, Map] = {}
         self.growing: dict[str, GrowingMap] = {}
-        self._housekeeping = Housekeeping(self._keep_house)
+        self._housekeeping = Housekeeping(netns_fd, self._keep_house, self._follow_links)
         self.lock = threading.RLock()
         """Held by whoever uses programs or maps while others may replace them."""
 
@@ -156,14 +157,16 @@ class Programs:
 
     def add_pod(self, ifindex: int) -> None:
         """The host's end of a pod's veth is to be treated as one."""
-        self._pods.add(ifindex)
-        self._attach_interface(ifindex)
+        with self.lock:
+            self._pods.add(ifindex)
+            self._attach_interface(ifindex)
 
     def remove_pod(self, ifindex: int) -> None:
         """The veth is gone or is going."""
-        self._pods.discard(ifindex)
-        for name in [n for n in self._links if n.split("-")[1] == str(ifindex)]:
-            self._detach(name)
+        with self.lock:
+            self._pods.discard(ifindex)
+            for name in list(self._names(ifindex)):
+                self._detach(name)
 
     def accelerate(self, ifindex: int, *, generic: bool = False) -> None:
         """Run Services at the driver of an uplink (XDP), for backends on other nodes.
@@ -179,14 +182,21 @@ class Programs:
                 self._keep(name, link)
 
     def sync_links(self) -> list[int]:
-        """Attach to interfaces that are new and let go of those that are gone; the new ones."""
+        """Attach to interfaces that are new and let go of those that are gone; the new ones.
+
+        An interface may be gone again before its turn comes.
+        """
         present = self.dump_links()
         for name in list(self._links):
             if self._links[name].info.target == 0:
                 self._detach(name)
         new = [index for index in present if not any(self._names(index))]
         for index in new:
-            self._attach_interface(index)
+            try:
+                self._attach_interface(index)
+            except KernelError as error:
+                if error.errno != errno.ENODEV:
+                    raise
         return new
 
     def dump_links(self) -> dict[int, links.Link]:
@@ -270,6 +280,11 @@ class Programs:
         finally:
             link.close()
             gone.delete_batch(keys)
+
+    def _follow_links(self) -> None:
+        with self.lock:
+            if self._objects:
+                self.sync_links()
 
     def _keep_house(self) -> None:
         with self.lock:
@@ -379,9 +394,9 @@ class Programs:
     def _attach_interface(self, ifindex: int) -> None:
         ingress = "from_pod" if ifindex in self._pods else "from_network"
         if ifindex != _LOOPBACK:
+            self._attach_tcx(ingress, ifindex, "ingress")
             for other in {"from_pod", "from_network"} - {ingress}:
                 self._detach(f"{other}-{ifindex}-ingress")
-            self._attach_tcx(ingress, ifindex, "ingress")
         self._attach_tcx("from_node", ifindex, "egress")
 
     def _attach_tcx(self, program: str, ifindex: int, direction: str) -> None:
