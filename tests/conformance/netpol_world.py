@@ -31,6 +31,35 @@ KINDS: dict[str, type[Resource]] = {
 }
 
 
+_PROBE_KEYS = {
+    "port", "protocol", "family", "via", "loopback", "from", "to", "expect", "note",
+}  # fmt: skip
+
+
+class Malformed(Exception):
+    """A case that does not keep to its format, or to what the runner knows of it."""
+
+
+def _check_probe(probe: dict[str, Any]) -> None:
+    """Raises Malformed where something would silently not be looked at."""
+    strange = probe.keys() - _PROBE_KEYS
+    if strange:
+        raise Malformed(f"the runner does not know {sorted(strange)} of a probe")
+    for key, known in (
+        ("family", ("IPv4", "IPv6")),
+        ("via", ("pod-ip", "service")),
+        ("loopback", ("check", "ignore")),
+    ):
+        if probe.get(key) not in (None, *known):
+            raise Malformed(f"the runner does not know {key}: {probe[key]!r}")
+    sources, destinations = probe["from"], probe["to"]
+    if set(probe["expect"]) != set(sources):
+        raise Malformed(f"expect speaks of {sorted(probe['expect'])}, not of {sources}")
+    for source, row in probe["expect"].items():
+        if len(row) != len(destinations) or set(row) - set(".X?- "):
+            raise Malformed(f"the row of {source} is {row!r}, for {len(destinations)} destinations")
+
+
 @dataclass(frozen=True)
 class Probe:
     """A matrix of connections: `expect` has one character per source and destination."""
@@ -47,8 +76,7 @@ class Probe:
     def cells(self) -> Iterator[tuple[str, str, bool]]:
         """Source, destination, and whether it must connect; cells that say nothing left out."""
         for source in self.sources:
-            row = self.expect.get(source, "")
-            for destination, cell in zip(self.destinations, row, strict=False):
+            for destination, cell in zip(self.destinations, self.expect[source], strict=True):
                 itself = source == destination and not self.via_service
                 if cell in ".X" and (self.check_loopback or not itself):
                     yield source, destination, cell == "."
@@ -122,7 +150,7 @@ class World:
                 pod = self.pods[f"{action['namespace']}/{action['name']}"]
                 self._pod({**pod, "phase": action["phase"]})
             case other:
-                raise ValueError(f"unknown action {other!r}")
+                raise Malformed(f"unknown action {other!r}")
 
     def addresses(self, endpoint: str) -> list[str]:
         """Text addresses of an endpoint."""
@@ -198,6 +226,7 @@ class World:
         """The step's matrices; those that name no family over each that the endpoints share."""
         out: list[Probe] = []
         for probe in step.get("probes") or ():
+            _check_probe(probe)
             families = {"IPv4": [32], "IPv6": [128]}.get(probe.get("family"))
             if families is None:
                 families = [32, 128] if all_families else [32]

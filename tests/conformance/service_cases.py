@@ -154,12 +154,54 @@ def masquerade_mismatch(expect: Mapping[str, Any], client: str, seen: Seen) -> s
     return f"{seen.endpoint} saw {seen.source}; masquerade should be {wanted}"
 
 
-def load(folder: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Every case file of a folder, by name."""
+def load(folder: Path) -> Iterable[tuple[str, Mapping[str, Any] | str]]:
+    """Every case file of a folder, by name; a sentence instead of a case that is none."""
     for path in sorted(folder.rglob("*.json")):
-        case = json.loads(path.read_text())
-        if isinstance(case, dict) and case.get("schema") == "svc-cases/1":
+        try:
+            case = json.loads(path.read_text())
+        except ValueError as error:
+            yield path.stem, f"not JSON: {error}"
+            continue
+        if not isinstance(case, dict) or case.get("schema") != "svc-cases/1":
+            yield path.stem, "not a case of schema svc-cases/1"
+        else:
             yield path.stem, case
+
+
+_FLOW = frozenset({"verdict", "endpoints", "masquerade", "masqueradeByEndpoint", "note"})
+_EXPECT_KEYS = {
+    "flow": _FLOW,
+    "open": _FLOW,
+    "continue": _FLOW,
+    "connect": _FLOW
+    | {
+        "endpointsPerClient", "rememberAs", "sameAs", "someClientDiffersFrom", "sameAsUnlessGone",
+        "allEndpointsSeen",
+    },
+    "reply": frozenset({"seenByClientFrom", "deliveredTo", "note"}),
+    "icmpError": frozenset({"deliveredTo", "quoted", "note"}),
+    "endpoint-selection": frozenset(
+        {"clusterEndpoints", "localEndpoints", "allEndpoints", "hasAnyEndpoints", "note"}
+    ),
+    "nodeport-addresses": frozenset({"IPv4", "IPv6", "note"}),
+    "no-local-endpoints-metric": frozenset({"internal", "external", "note"}),
+}  # fmt: skip
+
+
+def unknown_keys(case: Mapping[str, Any]) -> Iterable[str]:
+    """What is expected and would not be looked at."""
+    said: list[tuple[str, Any]] = [
+        ("flow", flow.get("expect"))
+        for step in case.get("steps", ())
+        for flow in step.get("flows", ())
+    ]
+    said += [(event["op"], event.get("expect")) for event in case.get("events", ())]
+    said += [(case["kind"], each.get("expect")) for each in case.get("cases", ())]
+    for where, expect in said:
+        known = _EXPECT_KEYS.get(where)
+        strange = expect.keys() - known if known and isinstance(expect, dict) else set[str]()
+        if strange:
+            yield f"the runner does not know {sorted(strange)} of what {where} expects"
 
 
 def parse_end(text: str) -> tuple[str, int]:

@@ -20,6 +20,7 @@ from tests.conformance.service_cases import (
     masquerade_mismatch,
     mismatch,
     probe,
+    unknown_keys,
 )
 from tests.conformance.service_model import Model
 
@@ -63,13 +64,19 @@ def open_world(datapath: str) -> AbstractContextManager[World]:
 def run(folder: Path, datapath: str) -> Iterator[CaseResult]:
     with open_world(datapath) as world:
         for name, case in load(folder):
-            yield check(name, case, world)
+            if isinstance(case, str):
+                yield CaseResult(name, "failed", case)
+            else:
+                yield check(name, case, world)
 
 
 def check(name: str, case: Mapping[str, Any], world: World) -> CaseResult:
     """One case file on a world."""
     try:
-        if case["kind"] == "packet-flow":
+        strange = list(unknown_keys(case))
+        if strange:
+            problems = strange
+        elif case["kind"] == "packet-flow":
             problems = list(_flows(case, world))
         elif case["kind"] == "packet-sequence":
             problems = list(_Sequence(case, world).run())
@@ -77,6 +84,8 @@ def check(name: str, case: Mapping[str, Any], world: World) -> CaseResult:
             problems = list(service_suites.SUITES[case["kind"]](case))
         else:
             problems = [f"unknown kind {case['kind']!r}"]
+    except KeyError as error:
+        problems = [f"the case has no {error}"]
     except Exception:  # whatever breaks breaks this case only
         problems = [traceback.format_exc()]
     return CaseResult(name, "failed" if problems else "passed", "\n".join(problems))
@@ -86,14 +95,14 @@ def _flows(case: Mapping[str, Any], world: World) -> Iterable[str]:
     cluster = Cluster(case)
     world.begin(cluster, case["family"])
     for number, step in enumerate(case["steps"]):
-        world.apply(cluster.apply(step["apply"], step["delete"]))
+        world.apply(cluster.apply(step.get("apply") or (), step.get("delete") or ()))
         probes: list[Probe] = []
-        for index, flow in enumerate(step["flows"]):
+        for index, flow in enumerate(step.get("flows", ())):
             ports = range(_FIRST_PORT + index * TRIES, _FIRST_PORT + (index + 1) * TRIES)
             probes += [probe(flow, case["family"], port) for port in ports]
         seen = world.connect(probes)
         world.forget()
-        for index, flow in enumerate(step["flows"]):
+        for index, flow in enumerate(step.get("flows", ())):
             mine = seen[index * TRIES : (index + 1) * TRIES]
             wrong = mismatch(expectation(flow, cluster.config), flow["from"]["ip"], mine)
             if wrong:
@@ -112,7 +121,8 @@ class _Sequence:
     def run(self) -> Iterable[str]:
         self._world.begin(self._cluster, self._case["family"])
         for number, event in enumerate(self._case["events"]):
-            wrong = getattr(self, f"_{event['op']}")(event)
+            act = getattr(self, f"_{event['op']}", None)
+            wrong = act(event) if act else "the runner does not know this"
             if wrong:
                 yield f"event {number} {event['op']}: {wrong}"
         self._world.forget()
@@ -157,9 +167,9 @@ class _Sequence:
             seen = set[str]().union(*got.values())
             if seen != set(expect["endpoints"]):
                 return f"expected all of {expect['endpoints']}, saw {sorted(seen)}"
-        if expect.get("endpointsPerClient") == 1:
+        if "endpointsPerClient" in expect:
             for client, endpoints in got.items():
-                if len(endpoints) != 1:
+                if len(endpoints) != expect["endpointsPerClient"]:
                     return f"{client} saw {sorted(endpoints)}"
         for rule in ("sameAs", "sameAsUnlessGone", "someClientDiffersFrom"):
             if rule not in expect:

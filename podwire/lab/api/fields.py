@@ -241,5 +241,11 @@ def cidr(text: Any, *, strict: bool = True) -> list[str]:
     return out
 
 
+def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Of text that `cidr` accepts at least when it is not strict."""
+    ip, _, length = text.partition("/")
+    return ipaddress.ip_network(f"{_without_zeros(ip)}/{int(length)}", strict=False)
+
+
 def is_ipv6(text: str) -> bool:
     return ":" in text

@@ -7,7 +7,6 @@ Source: pkg/apis/{core,networking,discovery,apps}/validation of Kubernetes 1.36.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,21 +126,21 @@ def _ip_block(at: str, block: Json, stored: frozenset[str]) -> list[FieldError]:
     if not text:
         return [required(f"{at}.cidr")]
     problems = fields.cidr(text, strict=text not in stored)
-    if problems:
-        return [invalid(f"{at}.cidr", text, problem) for problem in problems]
-    outer = ipaddress.ip_network(text, strict=False)
-    out: list[FieldError] = []
+    out = [invalid(f"{at}.cidr", text, problem) for problem in problems]
+    if fields.cidr(text, strict=False):
+        return out
+    outer = fields.network(text)
     for i, exception in enumerate(tree.texts(block, "except")):
         where = f"{at}.except[{i}]"
         problems = fields.cidr(exception, strict=exception not in stored)
         out += [invalid(where, exception, problem) for problem in problems]
-        if not problems and not _strictly_inside(exception, outer):
+        if not fields.cidr(exception, strict=False) and not _strictly_inside(exception, outer):
             out.append(invalid(where, exception, "must be a strict subset of `cidr`"))
     return out
 
 
 def _strictly_inside(text: str, outer: Any) -> bool:
-    inner = ipaddress.ip_network(text, strict=False)
+    inner = fields.network(text)
     return inner.version == outer.version and inner != outer and inner.subnet_of(outer)
 
 
