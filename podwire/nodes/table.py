@@ -81,9 +81,9 @@ class RouteTable:
     def way(self, source: Address, destination: Address) -> Way:
         """What this node does with a packet from `source` to `destination` (after DNAT)."""
         own = _longest(self.pod_prefixes, destination)
-        if own:
-            return Way(self.node, b"", False, False, f"{own} is this node's own")
         prefix = self._by_length.find(destination)
+        if own and (prefix is None or prefix.length <= own.length):
+            return Way(self.node, b"", False, False, f"{own} is this node's own")
         if prefix is not None:
             node = self.owners[prefix]
             overlay = self.routing == "vxlan"
