@@ -16,7 +16,7 @@ demo: setup
 	@$(PY) -m podwire.lab.demo
 
 test: setup
-	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff format --check .

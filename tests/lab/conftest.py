@@ -42,7 +42,7 @@ def _maker() -> Iterator[Callable[..., Lab]]:
         name = f"pwt-{os.getpid()}-{next(_numbers)}"
         made.append(name)
         lab = Lab.up(name, **options)
-        lab.wait(30)
+        lab.wait()
         return lab
 
     yield make
@@ -58,7 +58,7 @@ def left_of(name: str) -> list[str]:
     return found
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
     """Until it comes true; asserts that it does in time."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -17,7 +17,6 @@ from podwire.lab.cluster import Lab
 from podwire.lab.state import LabDir
 from tests.lab.conftest import left_of
 
-pytestmark = pytest.mark.xdist_group("lab-commands")
 NAME = f"pwt-{os.getpid()}-cli"
 MANIFEST = """
 apiVersion: apps/v1

@@ -60,7 +60,7 @@ items:
 def lab(make_lab: Callable[..., Lab]) -> Lab:
     lab = make_lab()
     lab.apply(manifests.parse(PODS, "pods"))
-    lab.wait(30)
+    lab.wait()
     return lab
 
 

@@ -26,7 +26,6 @@ APPLICATIONS = (
 
 pytestmark = [
     pytest.mark.skipif(not GIVEN.is_dir(), reason=f"{GIVEN} is not here"),
-    pytest.mark.xdist_group("lab-given"),
 ]
 
 
@@ -43,7 +42,7 @@ def lab(module_lab: Callable[..., Lab]) -> Lab:
         found = manifests.read([str(GIVEN / f"{application}.yaml")])
         results = lab.apply(found, application)
         assert [r for r in results if r["verb"] != "created" or not r["known"]] == []
-    lab.wait(60)
+    lab.wait()
     return lab
 
 

@@ -50,7 +50,7 @@ def links() -> str:
 def up_with_pods(make_lab: Callable[..., Lab]) -> Lab:
     lab = make_lab()
     lab.apply(manifests.parse(PODS, "pods"))
-    lab.wait(30)
+    lab.wait()
     return lab
 
 
@@ -177,5 +177,5 @@ def test_an_agent_that_dies_interrupts_no_pod(make_lab: Callable[..., Lab]) -> N
     lab.control("stop", process="agent-node1", signal=signal.SIGKILL)
     assert seen_by(lab, "a", "b")["pod"] == "b"
     lab.control("start", process="agent-node1")
-    lab.wait(20)
+    lab.wait()
     assert seen_by(lab, "a", "b")["pod"] == "b"

@@ -70,15 +70,12 @@ spec: {clusterIP: None, selector: {app: plain}, ports: [{name: http, port: 7000}
 """
 
 
-pytestmark = pytest.mark.xdist_group("lab-runtime")
-
-
 @pytest.fixture(scope="module")
 def lab(module_lab: Callable[..., Lab]) -> Lab:
     lab = module_lab()
     results = lab.apply(manifests.parse(PODS, "pods"))
     assert [r for r in results if r["verb"] != "created"] == []
-    lab.wait(60)
+    lab.wait()
     return lab
 
 
@@ -122,14 +119,14 @@ def test_host_ports_sidecars_and_named_probe_ports(lab: Lab) -> None:
 def test_target_ports_of_later_services_are_served(lab: Lab) -> None:
     assert ask(lab, "slow", address_of(lab, "plain"), 7000).outcome == "refused"
     lab.apply(manifests.parse(SERVICE, "service"))
-    lab.wait(20)
+    lab.wait()
     address = lab.api("GET", "/api/v1/namespaces/default/services/plain")["spec"]["clusterIP"]
     assert ask(lab, "slow", address, 80).seen["pod"] == "plain"
 
 
 def test_names_resolve_over_udp_and_tcp_and_unknown_ones_do_not(lab: Lab) -> None:
     lab.apply(manifests.parse(SERVICE, "service"))
-    lab.wait(20)
+    lab.wait()
     pod = address_of(lab, "plain")
     found = lab.run("slow", "getent ahostsv4 nodes").stdout.split()
     assert found[0] == pod
@@ -174,7 +171,7 @@ def test_pods_wait_for_an_agent_that_is_away(lab: Lab) -> None:
     lab.apply(manifests.parse(pod % "containers: [{name: c}]", "late"))
     wait_for(lambda: "late" in str(lab.runtime_summary()["waiting"]))
     lab.control("start", process="agent-node1")
-    lab.wait(30)
+    lab.wait()
     assert address_of(lab, "late")
 
 

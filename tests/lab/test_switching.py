@@ -99,7 +99,7 @@ class Traffic:
 def lab(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Lab:
     lab = make_lab(datapath="nftables", wiring=request.param)
     lab.apply(manifests.parse(OBJECTS, "objects"))
-    lab.wait(30)
+    lab.wait()
     return lab
 
 

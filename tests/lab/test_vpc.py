@@ -52,15 +52,13 @@ items:
 NODES = {f"node{i}": f"10.0.0.{10 + i}" for i in (1, 2, 3)}
 WORLD = "203.0.113.10"
 
-pytestmark = pytest.mark.xdist_group("vpc")  # one lab for all
-
 
 def up(name: str, replicas: int, **options: Any) -> Lab:
     lab = Lab.up(name, wiring="vpc", **options)
-    lab.wait(30)
+    lab.wait()
     family = "IPv6" if options.get("dual_stack") else "IPv4"
     lab.apply(manifests.parse(PODS.format(replicas=replicas, family=family), "pods"))
-    lab.wait(30)
+    lab.wait()
     return lab
 
 
@@ -273,7 +271,7 @@ def test_pods_come_although_ec2_throttles_fails_and_is_slow(lab: Lab) -> None:
             patch = {"spec": {"replicas": replicas}}
             lab.api("PATCH", path, patch, "application/merge-patch+json")
             wait_for(lambda n=replicas: len(pods_of(lab)) == n, 60)
-        lab.wait(60)
+        lab.wait()
     finally:
         misbehave(lab, "/faults/clear")
     pods = pods_of(lab)
