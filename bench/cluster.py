@@ -124,6 +124,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         for process in self._agents:
             process.kill()
             process.wait()
+        command = [sys.executable, "-m", "podwire", "agent", "--cleanup", "--node-name", NODE]
+        netns.run(self.netns_fd, command, timeout_s=120)  # pins outlive the namespace
         self._pipe.close()
         self._server.terminate()
         self._server.join(5)
