@@ -18,11 +18,12 @@ from typing import NamedTuple
 from podwire.conntrack.names import Names
 from podwire.kernel.ctnetlink import Entry, Filter, FlowKey, Match, Status, Table
 from podwire.kernel.ctnetlink.counting import flow_key
-from podwire.kernel.ctnetlink.filters import abilities
+from podwire.kernel.ctnetlink.filters import EVERYTHING, abilities
 from podwire.net import Address, Protocol, format_endpoint
 from podwire.services import ServiceTable
 from podwire.services.stale import Flow, StaleFlows
 
+FEW_ENTRIES = 5_000
 MOST_FILTERS = 16  # a filter costs a walk of the table, about as much as 2,000 single deletes
 
 
@@ -61,7 +62,10 @@ class Removal(NamedTuple):
 def find(table: Table, judge: Callable[[FlowKey], bool]) -> dict[Group, int]:
     """Groups of UDP entries that `judge` calls stale, and how many entries each has."""
     found: dict[Group, int] = {}
-    for portion in table.flow_counts(Filter(original=Match(protocol=Protocol.UDP))):
+    # what the kernel can filter is found out by going through its table: not worth it for a few
+    few = table.usage().used <= FEW_ENTRIES
+    wanted = EVERYTHING if few else Filter(original=Match(protocol=Protocol.UDP))
+    for portion in table.flow_counts(wanted):
         for key, count in portion.items():
             if key.protocol == Protocol.UDP and judge(key):
                 group = _group(key)
@@ -75,10 +79,12 @@ def remove(table: Table, judge: Callable[[FlowKey], bool]) -> Removal:
     groups = find(table, judge)
     for size, kind in ((4, "tuple4"), (16, "tuple6")):
         own = {group for group in groups if len(group.destination) == size}
-        if kind in abilities().delete and len(own) <= MOST_FILTERS:
+        if not own:
+            continue
+        if len(own) <= MOST_FILTERS and kind in abilities().delete:
             for group in own:
                 table.delete(group.filter)
-        elif own:
+        else:
             table.delete_entries(_entries(table, own, judge))
     return Removal(groups, time.perf_counter() - began)
 
