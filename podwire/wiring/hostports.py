@@ -8,13 +8,11 @@ out: connections from the pod's own network, which would be answered past this h
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import subprocess
 from collections.abc import Collection, Iterable
 
 from podwire.errors import KernelError
-from podwire.kernel import link, netns, route
+from podwire.kernel import ctnetlink, link, route
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.kernel.nftables import INET, Element, NfTables, Set, Transaction, concat
 from podwire.net import Address, Protocol
@@ -158,10 +156,13 @@ class HostPortRules:
 
     def _forget_flows(self, mappings: HostPorts) -> None:
         """End UDP flows of the ports: those from before are not translated, or to another pod."""
-        for port in {each.port for each in mappings.ports if each.protocol == Protocol.UDP}:
-            with contextlib.suppress(FileNotFoundError, subprocess.TimeoutExpired):
-                command = ["conntrack", "-D", "-p", "udp", "--orig-port-dst", str(port)]
-                netns.run(self._netns_fd, command, timeout_s=5)
+        ports = {each.port for each in mappings.ports if each.protocol == Protocol.UDP}
+        if not ports:
+            return
+        with ctnetlink.Table(self._netns_fd) as table:
+            for port in ports:
+                to_port = ctnetlink.Match(protocol=Protocol.UDP, destination_port=port)
+                table.delete(ctnetlink.Filter(original=to_port))
 
 
 def _elements(mappings: HostPorts) -> Iterable[tuple[Set, list[Element]]]:
