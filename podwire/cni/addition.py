@@ -11,7 +11,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from podwire.cni import answer
-from podwire.cni.collaborators import Collaborators, binding, guarded
+from podwire.cni.collaborators import Collaborators, binding, follow_mac, guarded
 from podwire.cni.plan import CHAINED, IPAM, Plan
 from podwire.cni.protocol import INVALID_CONFIG, TRY_AGAIN, Call, CniError
 from podwire.cni.removal import Remover
@@ -194,6 +194,7 @@ class Addition:
         saved = tuning.change(wanted, ifname, work.netns_fd) if wanted else {}
         try:
             tuning.set_sysctls(parts.sysctls, work.netns_fd)
+            self._follow(work, wanted)
         except KernelError:
             tuning.change(saved, ifname, work.netns_fd)
             raise
@@ -205,8 +206,15 @@ class Addition:
         work.result = changed
 
     def _untune(self, work: _Work) -> None:
-        if work.attachment.saved:
-            tuning.change(work.attachment.saved, work.attachment.key.ifname, work.netns_fd)
+        saved = work.attachment.saved
+        if saved:
+            tuning.change(saved, work.attachment.key.ifname, work.netns_fd)
+            self._follow(work, saved)
+
+    def _follow(self, work: _Work, changed: Mapping[str, str | int]) -> None:
+        if "mac" in changed:
+            mac = bytes.fromhex(str(changed["mac"]).replace(":", ""))
+            follow_mac(self._with, work.attachment.key, mac)
 
     def _let_through(self, work: _Work) -> None:
         parts = work.plan.parts

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from podwire.cni.plan import NodeConfig
 from podwire.ipam.pool import AddressPool, Cursor
 from podwire.ipam.state import State
 from podwire.net import Address
-from podwire.wiring import Attachment, Wiring
+from podwire.wiring import Attachment, Key, Wiring
 from podwire.wiring.firewall import ForwardFirewall
 from podwire.wiring.hostports import HostPortRules
 from podwire.wiring.masquerade import MasqueradeRules
@@ -73,6 +75,19 @@ class Collaborators:
     def wiring(self, attachment: Attachment) -> Wiring:
         """The one that made the attachment's link."""
         return self.wirings[attachment.wiring]
+
+
+def follow_mac(collaborators: Collaborators, part: Key, mac: bytes) -> None:
+    """The interface of a chained `part` has another MAC now: what was made for the old one, by
+    the attachment that the interface is of, follows, and CHECK knows it."""
+    for known in collaborators.state.attachments():
+        if known.key[:3] != part[:3] or not known.wiring or known.mac == mac:
+            continue
+        moved = msgspec.structs.replace(known, mac=mac)
+        collaborators.wiring(known).renew(moved)
+        if collaborators.guard and guarded(moved):
+            collaborators.guard.bind(moved.host_ifname, *binding(moved))
+        collaborators.state.add(moved, [], collaborators.now())
 
 
 def guarded(made: Attachment) -> bool:

@@ -21,7 +21,7 @@ import msgspec
 
 from podwire.cni import answer
 from podwire.cni.addition import Addition
-from podwire.cni.collaborators import Collaborators, binding, guarded
+from podwire.cni.collaborators import Collaborators, binding, follow_mac, guarded
 from podwire.cni.config import parse
 from podwire.cni.plan import LOOPBACK, key_of, make
 from podwire.cni.protocol import (
@@ -125,7 +125,7 @@ class Lifecycle:
         collaborators, failures = self._with, list[Exception]()
         parts = [partial(collaborators.firewall.remove, known.let_through)]
         if known.saved and netns_fd is not None:
-            parts.append(partial(_restore, known, netns_fd))
+            parts.append(partial(self._restore, known, netns_fd))
         if known.meter:
             parts.append(partial(collaborators.meters.remove, known.meter))
         if known.host_ports:
@@ -147,6 +147,16 @@ class Lifecycle:
         collaborators.pool.release(known.key)
         if known.host_ifname:
             self._remover.put(known.wiring, known.host_ifname)
+
+    def _restore(self, known: Attachment, netns_fd: int) -> None:
+        """Give the interface back what tuning changed, if it is still there."""
+        with NetlinkSocket(netns_fd=netns_fd) as pod:
+            if link.find(pod, known.key.ifname) is None:
+                return
+        tuning.change(known.saved, known.key.ifname, netns_fd)
+        if "mac" in known.saved:
+            mac = bytes.fromhex(str(known.saved["mac"]).replace(":", ""))
+            follow_mac(self._with, known.key, mac)
 
     # --- CHECK ------------------------------------------------------------------------------------
 
@@ -227,14 +237,6 @@ class Lifecycle:
     def _is_own(self, call: Call) -> bool:
         own = call.netns_fd is not None and netns.inode(call.netns_fd) == self._own_netns
         return own and not call.override
-
-
-def _restore(known: Attachment, netns_fd: int) -> None:
-    """Give the interface back what tuning changed, if it is still there."""
-    with NetlinkSocket(netns_fd=netns_fd) as pod:
-        if link.find(pod, known.key.ifname) is None:
-            return
-    tuning.change(known.saved, known.key.ifname, netns_fd)
 
 
 def _inode_here() -> int:

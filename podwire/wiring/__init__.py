@@ -194,6 +194,10 @@ class Wiring(Protocol):
         """How the live state differs from the attachment, one sentence each."""
         ...
 
+    def renew(self, attachment: Attachment) -> None:
+        """The pod's end has another MAC now, the attachment's: let the host send to that."""
+        ...
+
     def silence(self, attachment: Attachment) -> None:
         """From the return on the pod neither sends nor receives; its links may remain.
 

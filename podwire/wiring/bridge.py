@@ -119,6 +119,9 @@ class BridgeWiring:
         ]
         return problems
 
+    def renew(self, attachment: Attachment) -> None:
+        veth.renew_neighbours(self._host, attachment)
+
     def silence(self, attachment: Attachment) -> None:
         options, name = _options(attachment), attachment.host_ifname
         # Down, not a disabled port: any later notification about the link enables that again.

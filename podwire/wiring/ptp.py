@@ -76,6 +76,9 @@ class PtpWiring:
                 problems.append(f"the host lacks the route to {format_address(each.address)}")
         return problems
 
+    def renew(self, attachment: Attachment) -> None:
+        veth.renew_neighbours(self._host, attachment)
+
     def silence(self, attachment: Attachment) -> None:
         name, gone = attachment.host_ifname, (errno.ENODEV,)
         self._host.run(

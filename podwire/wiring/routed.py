@@ -147,6 +147,11 @@ class RoutedWiring:
         lacking = (*missing.routes, *missing.rules, *missing.neighbours)
         return problems + [f"the host lacks {each}" for each in map(_say, lacking)]
 
+    def renew(self, attachment: Attachment) -> None:
+        with self._lock:
+            self._live[attachment.host_ifindex] = attachment
+            veth.renew_neighbours(self._host, attachment)
+
     def silence(self, attachment: Attachment) -> None:
         index = attachment.host_ifindex
         with self._lock:

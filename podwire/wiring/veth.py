@@ -200,6 +200,14 @@ def check_pod(attachment: Attachment, pod: NetlinkSocket) -> list[str]:
     return problems
 
 
+def renew_neighbours(host: NetlinkSocket, attachment: Attachment) -> None:
+    """Give our permanent entries of the pod's addresses the attachment's MAC."""
+    addresses = {each.address for each in attachment.addresses}
+    for each in neighbour.dump(host):
+        if each.address in addresses and each.protocol == KERNEL_PROTOCOL:
+            host.run(neighbour.add(each._replace(mac=attachment.mac)))
+
+
 def forget_neighbours(host: NetlinkSocket, attachment: Attachment, index: int) -> None:
     """Take away the permanent entries of the pod's addresses on that link."""
     requests = [
