@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from podwire.errors import KernelError, Unsupported
@@ -80,11 +80,9 @@ class IpSets:
     def elements(self, prefix: str) -> dict[str, set[str]]:
         """Elements of the sets whose names begin so."""
         out: dict[str, set[str]] = {}
-        for verb, name, rest in _words(self._ask(["save"])):
-            if name.startswith(prefix):
-                elements = out.setdefault(name, set())
-                if verb == "add":
-                    elements.add(rest)
+        for name, size in self.sizes(prefix).items():
+            lines = self._ask(["save", name]).splitlines() if size else []
+            out[name] = {line.split(" ", 2)[2] for line in lines if line.startswith("add")}
         return out
 
     def _ask(self, arguments: list[str]) -> str:
@@ -111,9 +109,3 @@ def net_elements(prefix: Prefix) -> list[str]:
     if prefix.length == prefix.bits:
         return [format_address(prefix.address)]
     return [str(prefix)]
-
-
-def _words(text: str) -> Iterator[tuple[str, str, str]]:
-    for line in text.splitlines():
-        verb, name, rest = line.split(" ", 2)
-        yield verb, name, rest

@@ -88,8 +88,7 @@ def detect_flavour(netns_fd: int | None = None) -> Flavour:
     if len(there) == 1:
         return there[0]
     for flavour in there:
-        tables = legacy_tables(netns_fd) if flavour == "legacy" else ["mangle"]
-        if "mangle" in tables and _HINT in Iptables(4, flavour, netns_fd).save("mangle"):
+        if _HINT in Iptables(4, flavour, netns_fd).save_all().get("mangle", {}):
             return flavour
     return "legacy" if "legacy" in netns.run(None, ["iptables", "--version"]).stdout else "nft"
 
@@ -152,10 +151,15 @@ class Iptables:
 
     def save(self, table: str) -> dict[str, tuple[str, ...]]:
         """Every chain of a table with its rules; empty if the table is not there."""
-        done = self._run([f"{self._name}-save", "-t", table])
-        if done.returncode:
-            if "does not exist" in done.stderr:
-                return {}
+        return self._save("-t", table).get(table, {})
+
+    def save_all(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        """The same of all tables that are there; with iptables-nft it costs what one does."""
+        return self._save()
+
+    def _save(self, *arguments: str) -> dict[str, dict[str, tuple[str, ...]]]:
+        done = self._run([f"{self._name}-save", *arguments])
+        if done.returncode and "does not exist" not in done.stderr:
             raise KernelError(f"{self._name}-save failed: {done.stderr.strip()}")
         return parse_save(done.stdout)
 
@@ -205,27 +209,33 @@ def _get_info(sock: socket.socket, level: int, asked: bytes) -> tuple[int, ...]:
     return _INFO.unpack(buffer.raw)[1:]
 
 
-def parse_save(text: str) -> dict[str, tuple[str, ...]]:
-    """What `iptables-save` printed of one table: chain → rules."""
+def parse_save(text: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    """What `iptables-save` printed: table → chain → rules."""
+    tables: dict[str, dict[str, list[str]]] = {}
     chains: dict[str, list[str]] = {}
     for line in text.splitlines():
-        if line.startswith(":"):
+        if line.startswith("*"):
+            chains = tables[line[1:]] = {}
+        elif line.startswith(":"):
             chains.setdefault(line[1:].split(" ", 1)[0], [])
         elif line.startswith("-A "):
             _, chain, rule = line.split(" ", 2)
             chains.setdefault(chain, []).append(rule)
-    return {name: tuple(rules) for name, rules in chains.items()}
+    return {
+        table: {name: tuple(rules) for name, rules in chains.items()}
+        for table, chains in tables.items()
+    }
 
 
 def targets(rules: Rules) -> Iterator[str]:
     """Where the rules jump or go to: chains, and targets of the kernel."""
     for rule in rules:
-        found = _TARGET.search(rule)
+        found = _TARGET.match(rule)
         if found:
             yield found[1]
 
 
-_TARGET = re.compile(r"(?:^| )-[jg] (\S+)")
+_TARGET = re.compile(r"(?:.* )?-[jg] (\S+)")  # the last: a comment may hold another
 
 
 def callees_first(chains: Chains) -> dict[str, Rules]:

@@ -167,11 +167,11 @@ def test_meddling_is_found_and_repaired_and_strangers_stay(proxy: Proxy) -> None
     good = proxy.state()
     assert proxy.part.verify() == []
     proxy.run("-t", "nat", "-F")
-    proxy.sets.restore(["del podwire-svc4-frontends 10.96.0.2,tcp:80"])
+    proxy.sets.restore(["del podwire-svc4-cluster-ips 10.96.0.2"])
     repairs = proxy.part.verify()
     assert any("chains of iptables" in text for text in repairs)
     assert any("hooked into" in text for text in repairs)
-    assert "restored the set podwire-svc4-frontends" in repairs
+    assert "restored the set podwire-svc4-cluster-ips" in repairs
     assert proxy.state() == good
     assert proxy.part.verify() == []
     proxy.run("-I", "FORWARD", *theirs[1].split())

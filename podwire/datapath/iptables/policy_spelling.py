@@ -6,7 +6,6 @@ change over to it in one transaction. So a rule set is judged by the old table o
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -263,4 +262,4 @@ def _cidrs(interval: Interval) -> Iterator[str]:
 
 def _tag(text: str) -> str:
     """15 characters that stand for `text` in names, which the kernel keeps short."""
-    return base64.b32encode(hashlib.sha256(text.encode()).digest())[:15].decode()
+    return hashlib.sha256(text.encode()).hexdigest()[:15]

@@ -149,8 +149,9 @@ class Ruleset:
         """Remove our chains, the rules that lead to them, and our sets."""
         for iptables in self._iptables.in_use():  # we may have run with the other flavour before
             changes: dict[str, TableChange] = {}
+            tables = iptables.save_all()
             for table in self._hooks:
-                there = iptables.save(table)
+                there = tables.get(table, {})
                 ours = [name for name in there if name.startswith(self._names.chains)]
                 unhook = [
                     Hook(hook.chain, rule)
@@ -171,8 +172,9 @@ class Ruleset:
         repairs: list[str] = []
         update = Update()
         hooks: dict[str, list[Hook]] = {}
+        tables = self._iptables.save_all()
         for table, wanted_hooks in self._hooks.items():
-            there = self._iptables.save(table)
+            there = tables.get(table, {})
             missing = [hook for hook in wanted_hooks if not _leading(there, hook)]
             if missing:
                 hooks[table] = missing[::-1]  # each is put in front
@@ -205,9 +207,9 @@ class Ruleset:
         if not self._reread:
             return
         self._reread = False
-        tables = {table: self._iptables.save(table) for table in self._hooks}
+        tables = self._iptables.save_all()
         for (table, name), rules in chains.items():
-            there = tables[table].get(name, ())
+            there = tables.get(table, {}).get(name, ())
             if there != tuple(rules):
                 self._printed[table, name] = (rules, there)
 

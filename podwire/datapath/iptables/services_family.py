@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from podwire.datapath.iptables.ruleset import ChainKey, Update, Wanted
@@ -25,27 +25,27 @@ class FamilyRules:
     def __init__(self, family: Family, config: ProxyConfig) -> None:
         self._family: Family = family
         self._config = config
-        self._links: dict[str, Counter[str]] = {}
-        self._elements: dict[str, Counter[str]] = {}
+        self._links: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._elements: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._settings: Settings | None = None
 
     def wanted(self, ports: Iterable[ServicePort], settings: Settings) -> Wanted:
         """The whole; what `update` changes from now on."""
-        self._links = {root: Counter() for root in ROOTS}
-        self._elements = {}
+        self._links = defaultdict(Counter, {root: Counter[str]() for root in ROOTS})
+        self._elements = defaultdict(Counter)
         self._settings = settings
         sets = fixed_sets(self._family)
         chains: dict[ChainKey, Rules] = fixed_chains(self._family, self._config)
         for name, element in settings_elements(settings, self._family):
-            self._count(self._elements, name, element, 1)
+            self._elements[name][element] += 1
         for port in ports:
             spelling = spell(port, self._config)
             sets |= spelling.sets
             chains |= {("nat", name): rules for name, rules in spelling.chains.items()}
             for chain, rule in spelling.links:
-                self._count(self._links, chain, rule, 1)
+                self._links[chain][rule] += 1
             for name, element in spelling.elements:
-                self._count(self._elements, name, element, 1)
+                self._elements[name][element] += 1
         chains |= {("nat", name): self._shared(name) for name in self._links}
         return Wanted(chains, sets, self._elements)
 
@@ -81,7 +81,7 @@ class FamilyRules:
         step.subtract(before.links)
         touched: set[str] = set()
         for (chain, rule), count in step.items():
-            if count and self._count(self._links, chain, rule, count):
+            if count and _count(self._links[chain], rule, count):
                 touched.add(chain)
         for chain in touched:
             if self._links[chain] or chain in ROOTS:
@@ -94,7 +94,7 @@ class FamilyRules:
         step = Counter(after.elements)
         step.subtract(before.elements)
         for (name, element), count in step.items():
-            if count and self._count(self._elements, name, element, count):
+            if count and _count(self._elements[name], element, count):
                 there = element in self._elements[name]
                 (update.adds if there else update.deletes).append((name, element))
         update.adds.sort(key=set_order)
@@ -103,15 +103,14 @@ class FamilyRules:
     def _shared(self, chain: str) -> Rules:
         return tuple(sorted(self._links[chain]))
 
-    @staticmethod
-    def _count(where: dict[str, Counter[str]], name: str, what: str, step: int) -> bool:
-        """Whether `what` came or went."""
-        counter = where.setdefault(name, Counter())
-        had = counter[what]
-        counter[what] = had + step
-        if not had + step:
-            del counter[what]
-        return not had or not had + step
+
+def _count(counter: Counter[str], what: str, step: int) -> bool:
+    """Whether `what` came or went."""
+    had = counter[what]
+    counter[what] = had + step
+    if not had + step:
+        del counter[what]
+    return not had or not had + step
 
 
 def _merge(into: Spelling, more: Spelling) -> None:

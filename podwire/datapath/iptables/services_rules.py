@@ -3,7 +3,7 @@
 The way of a first packet:
 
     mangle RANGES       who may use a load balancer address (before DNAT)
-    nat SERVICES        frontend? node port? then down a tree to the Service
+    nat SERVICES        an address of a Service? a node port? then down a tree to the Service
     nat T…, NP-…        the trees: eight ways at every step, by the address's low bits; port ranges
     nat X…              how clients from outside are treated (masquerade, policy Local)
     nat C…, L…          the backends of policy Cluster and Local: one is picked at random
@@ -27,6 +27,7 @@ from podwire.services import Family, ProxyConfig
 
 CHAIN = "PODWIRE-SVC-"
 MASQUERADE = "CONNMARK --set-xmark 0x4000/0x4000"
+NO_MASQUERADE = "CONNMARK --set-xmark 0x0/0x4000"
 PROTOCOLS = {Protocol.TCP: "tcp", Protocol.UDP: "udp", Protocol.SCTP: "sctp"}
 
 TREE = f"{CHAIN}T0"
@@ -52,8 +53,7 @@ _SETS: Mapping[str, str] = {
     "np-rejected": _ANY_PORT,
     "np-dropped": _ANY_PORT,
     "hairpin": "hash:ip,port,ip",
-    "cluster-ports": _IP_PORT,
-    "frontends": _IP_PORT,
+    "external-ips": "hash:ip",
     "cluster-ips": "hash:ip",
 }
 _ORDER = {name: number for number, name in enumerate(_SETS)}
@@ -116,10 +116,11 @@ def fixed_chains(family: Family, config: ProxyConfig) -> dict[ChainKey, Rules]:
         ("mangle", "GUARD"): [*_loopback_guard(family, config), f"-j {CHAIN}RANGES"],
         ("mangle", "DISCARD"): ["-j DROP"],
         ("nat", "SERVICES"): [
-            f"{match('frontends')} -g {CHAIN}FRONTENDS",
+            f"{match('cluster-ips', 'dst')} -g {CHAIN}CLUSTER-IP",
+            f"{match('external-ips', 'dst')} -j {TREE}",
             f"{to_node} -g {CHAIN}NODEPORTS",
         ],
-        ("nat", "FRONTENDS"): [*_cluster_ip(family, config), f"-g {TREE}"],
+        ("nat", "CLUSTER-IP"): [*_cluster_ip(family, config), f"-g {TREE}"],
         ("nat", "NODEPORTS"): [f"-p {p} -g {CHAIN}NP-{p}" for p in protocols],
         ("nat", "POSTROUTING"): [
             f"-m connmark --mark 0x4000/0x4000 {masquerade}",
@@ -164,11 +165,10 @@ def from_pod(family: Family, config: ProxyConfig, no: str = "") -> str:
 
 def _cluster_ip(family: Family, config: ProxyConfig) -> list[str]:
     """Who is masqueraded on the way to a ClusterIP."""
-    to_cluster_ip = f"-m set --match-set {set_name(family, 'cluster-ports')} dst,dst"
     if config.masquerade_all:
-        return [f"{to_cluster_ip} -j {MASQUERADE}"]
+        return [f"-j {MASQUERADE}"]
     stranger = from_pod(family, config, "! ")
-    return [f"{stranger} {to_cluster_ip} -j {MASQUERADE}"] if stranger else []
+    return [f"{stranger} -j {MASQUERADE}"] if stranger else []
 
 
 def _loopback_guard(family: Family, config: ProxyConfig) -> list[str]:

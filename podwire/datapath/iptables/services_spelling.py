@@ -5,7 +5,6 @@ A link is a rule in a chain that several ports share (the trees); it stays while
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from podwire.datapath.iptables.services_rules import (
     ANYWHERE,
     CHAIN,
     MASQUERADE,
+    NO_MASQUERADE,
     PROTOCOLS,
     TREE,
     from_pod,
@@ -73,24 +73,27 @@ class _Writer:
 
     def frontend(self, frontend: Frontend) -> None:
         port = self._port
-        if frontend.address:
-            self._put("frontends", self._key(frontend))
         if frontend.kind == FrontendKind.CLUSTER_IP:
             self._put("cluster-ips", format_address(frontend.address))
-            self._put("cluster-ports", self._key(frontend))
+        elif frontend.address:
+            self._put("external-ips", format_address(frontend.address))
         if frontend.kind == FrontendKind.LOAD_BALANCER and port.source_ranges is not None:
             self._put("ranged", self._key(frontend))
             for prefix in port.source_ranges:
                 for part in net_elements(prefix):
                     self._put("ranges", f"{self._key(frontend)},{part}")
+        chain = ""
         if not port.has_endpoints:
             self._refuse("rejected", frontend)
-            return
-        if not (port.local if port.is_local(frontend.kind) else port.cluster):
-            self._refuse("dropped", frontend)
-        chain = self._treatment(frontend.kind)
+        else:
+            if not (port.local if port.is_local(frontend.kind) else port.cluster):
+                self._refuse("dropped", frontend)
+            chain = self._treatment(frontend.kind)
         if chain:
             self.out.links += self._path(frontend, chain)
+        elif frontend.address and frontend.kind != FrontendKind.CLUSTER_IP:
+            # The address may be the node's own: somebody's node port must not get what is refused.
+            self.out.links += self._path(frontend, "ACCEPT")
 
     def hairpin(self) -> None:
         for backend in self._port.on_node:
@@ -117,7 +120,8 @@ class _Writer:
         else:
             rules = [*self._short_cuts(cluster)] if cluster else []
             local = self._local()
-            rules += [f"-g {local}"] if local else []
+            # A ClusterIP's mark, where the address is one too
+            rules += [f"-j {NO_MASQUERADE}", f"-g {local}"] if local else []
         if not rules:
             return ""
         self.out.chains[name] = rules
@@ -253,4 +257,4 @@ def _low_bits(address: Address, step: int) -> int:
 
 def _tag(text: str) -> str:
     """15 characters that stand for `text` in names, which the kernel keeps short."""
-    return base64.b32encode(hashlib.sha256(text.encode()).digest())[:15].decode()
+    return hashlib.sha256(text.encode()).hexdigest()[:15]
