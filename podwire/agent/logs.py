@@ -49,5 +49,6 @@ def setup(level: str = "info") -> None:
 
 
 def event(logger: logging.Logger, level: int, message: str, **fields: object) -> None:
-    """Log one event with its fields."""
-    logger.log(level, message, extra=fields)
+    """Log one event with its fields; one named as a record's own attribute gets a ``_`` behind."""
+    extra = {f"{name}_" if name in _RECORD else name: value for name, value in fields.items()}
+    logger.log(level, message, extra=extra)
