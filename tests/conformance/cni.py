@@ -14,6 +14,7 @@ from tests.conformance import CaseResult
 from tests.conformance.cni_actions import Skip
 from tests.conformance.cni_case import Case, load
 from tests.conformance.cni_node import Namespace
+from tests.conformance.cni_routes import RouteRun, is_about_routes
 from tests.conformance.cni_run import ENI_STYLE, Run
 from tests.conformance.cni_vocabulary import unknown_words
 
@@ -39,7 +40,7 @@ def run_file(path: Path) -> CaseResult:
 
 
 def _run(case: Case) -> CaseResult:
-    run = Run(case)
+    run = RouteRun(case) if is_about_routes(case) else Run(case)
     try:
         problems = run.execute()
     except Skip as skip:
@@ -61,6 +62,8 @@ def _skipped(case: Case) -> str:
         return "podwire does not end at 1.0.0"
     for need in case.document.get("requires") or []:
         if case.plugin.startswith(ENI_STYLE) and "daemon" in need:
+            continue
+        if is_about_routes(case) and ("node" in need or "daemon" in need):
             continue
         probe = _PROBES.get(need)
         if probe is None and shutil.which(need) is None:
