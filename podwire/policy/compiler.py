@@ -64,23 +64,32 @@ class PolicyCompiler:
         self._dirty: set[Key] = set()
         self._stale: set[PolicyRef] = set()
         self._renamed: set[str] = set()
+        self._table: PolicyTable | None = None
+        self._changed = True
 
     def attach(self, attachment: Attachment) -> None:
         """A pod's link is there (or about to be): its policies matter from the next `update` on."""
         self._hosts.attach(attachment)
         self._dirty.add(attachment.pod)
+        self._changed = True
 
     def detach(self, pod: Key) -> None:
         """The link is gone. An unknown pod is no error."""
         if self._hosts.detach(pod) is not None:
             self._dirty.add(pod)
+            self._changed = True
 
     def update(self, changes: ChangeSet) -> PolicyTable:
-        """Take in what changed. The first table has revision 1."""
+        """Take in what changed; the same table again when nothing of it counts.
+
+        The first table has revision 1.
+        """
         self._take_namespaces(changes)
         self._take_nodes(changes)
         self._take_pods(changes)
         self._take_policies(changes)
+        if self._table is not None and not self._changed:
+            return self._table
         self._revision += 1
         changed_addresses = self._hosts.settle()
         regrouped, endpoints = self._regroup()
@@ -88,8 +97,9 @@ class PolicyCompiler:
             self._index.namespace_changed(name, self._namespace_labels)
         moved = self._index.assign(changed_addresses, self._hosts.host, self._namespace_labels)
         rule_sets = self._recompute(regrouped)
-        self._dirty, self._stale, self._renamed = set(), set(), set()
-        return self._table(frozenset(moved), frozenset(endpoints), frozenset(rule_sets))
+        self._dirty, self._stale, self._renamed, self._changed = set(), set(), set(), False
+        self._table = self._snapshot(frozenset(moved), frozenset(endpoints), frozenset(rule_sets))
+        return self._table
 
     # --- objects ---
 
@@ -100,12 +110,13 @@ class PolicyCompiler:
                 continue
             self._hosts.set_namespace(name, labels)
             self._renamed.add(name)
+            self._changed = True
         if self._renamed:
             self._dirty.update(key for key in self._hosts.attachments if key[0] in self._renamed)
 
     def _take_nodes(self, changes: ChangeSet) -> None:
         for (_, name), change in changes.of(Node).items():
-            self._hosts.set_node(name, change.new)
+            self._changed |= self._hosts.set_node(name, change.new)
 
     def _take_pods(self, changes: ChangeSet) -> None:
         for key, change in changes.of(Pod).items():
@@ -113,6 +124,7 @@ class PolicyCompiler:
             if facts == self._hosts.pods.get(key):
                 continue
             self._hosts.set_pod(key, facts)
+            self._changed = True
             if self._attach_own_pods:
                 self._attach_own(key, facts)
             if key in self._hosts.attachments:
@@ -135,6 +147,7 @@ class PolicyCompiler:
         ]
         if not steps:
             return
+        self._changed = True
         self._policies = dict(self._policies)
         self._subjects = dict(self._subjects)
         if len(steps) > _MANY_POLICIES:
@@ -293,7 +306,7 @@ class PolicyCompiler:
             self._rule_sets = {number: group.snapshot() for number, group in live.items()}
         return changed | gone
 
-    def _table(
+    def _snapshot(
         self, addresses: frozenset[Address], endpoints: frozenset[Key], rule_sets: frozenset[int]
     ) -> PolicyTable:
         namespaces, pods, owners = self._hosts.share()

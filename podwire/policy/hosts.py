@@ -150,16 +150,24 @@ class Hosts:
         self._release(owner, before - after - kept)
         self.dirty |= before | after | kept
 
-    def set_node(self, name: str, node: Node | None) -> None:
-        _, before = self.nodes.pop(name, ({}, ()))
-        after: tuple[Address, ...] = ()
+    def set_node(self, name: str, node: Node | None) -> bool:
+        """True if anything of it counts: a node's object changes with every heartbeat."""
+        old = self.nodes.get(name)
+        new = None
         if node is not None:
-            after = addresses(a.address for a in node.status.addresses)
-            self.nodes[name] = (node.metadata.labels, after)
+            new = (node.metadata.labels, addresses(a.address for a in node.status.addresses))
+        if new == old:
+            return False
+        before, after = set(old[1] if old else ()), set(new[1] if new else ())
+        if new is None:
+            del self.nodes[name]
+        else:
+            self.nodes[name] = new
         owner = Owner("node", ("", name))
-        self._claim(owner, set(after) - set(before))
-        self._release(owner, set(before) - set(after))
-        self.dirty |= {*before, *after}
+        self._claim(owner, after - before)
+        self._release(owner, before - after)
+        self.dirty |= before | after
+        return True
 
     def attach(self, attachment: Attachment) -> None:
         self.detach(attachment.pod)
