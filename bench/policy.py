@@ -123,15 +123,20 @@ class Pods:
             fd = netns.create()
             self.fds.append(fd)
             link = f"pod{number}"
-            run(node_fd, f"ip link add {link} type veth peer name eth0 netns /proc/self/fd/{fd}",
-                fd)  # fmt: skip
+            here, there = (f"02:00:00:00:0{side}:0{number}" for side in (1, 2))
+            run(node_fd, f"ip link add {link} address {here} type veth "
+                f"peer name eth0 address {there} netns /proc/self/fd/{fd}", fd)  # fmt: skip
             run(node_fd, f"ip link set {link} up && ip route add {address}/32 dev {link} && "
-                f"sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.{link}.proxy_arp=1")  # fmt: skip
+                f"ip neigh add {address} lladdr {there} dev {link} && "
+                "sysctl -qw net.ipv4.ip_forward=1")  # fmt: skip
             run(fd, f"ip link set lo up && ip addr add {address}/32 dev eth0 && "
-                "ip link set eth0 up && ip route add default dev eth0")  # fmt: skip
+                "ip link set eth0 up && ip route add 169.254.1.1 dev eth0 && "
+                f"ip neigh add 169.254.1.1 lladdr {here} dev eth0 && "
+                "ip route add default via 169.254.1.1")  # fmt: skip
         self.server = netns.socket(self.fds[1], socket.AF_INET, socket.SOCK_DGRAM)
         self.server.bind((SERVER, 53))
         self.server.settimeout(0.002)
+        self.wait(True, time.perf_counter())
 
     def close(self) -> None:
         self.server.close()
@@ -177,6 +182,7 @@ async def changes(world: Cluster, pods: Pods) -> dict[str, list[float]]:
         out[kind].append(await task)
 
     async with Client(kubeconfig.load(str(world.kubeconfig))) as client:
+        await client.get(Pod, "p0", "own")  # the connection and its TLS are the writer's
         for _ in range(CHANGES):
             await timed("created", False, lambda: client.create(NetworkPolicy, deny("d"), "own"))
             await timed("deleted", True, lambda: client.delete(NetworkPolicy, "d", "own"))

@@ -250,7 +250,8 @@ class Agent:
             if self._objects_changed.is_set():
                 self._objects_changed.clear()
                 try:
-                    snapshot.save(self.store, self.kinds, self._snapshot)
+                    content = snapshot.encode(self.store, self.kinds)
+                    await asyncio.to_thread(snapshot.write, content, self._snapshot)
                 except OSError as error:
                     event(log, logging.WARNING, "objects not saved", error=error)
 

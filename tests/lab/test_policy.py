@@ -1,4 +1,4 @@
-"""Policies in a whole lab: through API, agent and kernel, and what `podwire policy` says of them."""
+"""Policies in a whole lab: through API, agent and kernel, and what `podwire policy` says."""
 
 from __future__ import annotations
 
