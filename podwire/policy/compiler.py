@@ -30,7 +30,7 @@ from podwire.policy.hosts import (
 )
 from podwire.policy.identities import PeerIndex
 from podwire.policy.model import Direction, Host, Key, Peer, Policy, PolicyRef
-from podwire.policy.rulesets import CLOSED, Group, RuleSet, RuleSetKey, closed
+from podwire.policy.rulesets import CLOSED, CLOSED_RULE_SET, Group, RuleSet, RuleSetKey
 from podwire.policy.selectors import Labels
 from podwire.policy.table import Changed, Endpoint, Home, PolicyTable, selecting
 
@@ -310,12 +310,11 @@ class PolicyCompiler:
         self, addresses: frozenset[Address], endpoints: frozenset[Key], rule_sets: frozenset[int]
     ) -> PolicyTable:
         namespaces, pods, owners = self._hosts.share()
-        closed_sets = {CLOSED: closed(Direction.INGRESS)}
         return PolicyTable(
             self._revision,
             self._node_name,
             self._endpoints,
-            {**closed_sets, **self._rule_sets},
+            {CLOSED: CLOSED_RULE_SET, **self._rule_sets},
             dict(self._index.addresses),
             self._index.intervals,
             dict(self._index.identities),

@@ -52,8 +52,7 @@ class RuleSet:
         return self.entries.get(identity, self.default)
 
 
-def closed(direction: Direction) -> RuleSet:
-    return RuleSet(CLOSED, direction, (), (), Verdicts(DEFAULT_DENY), {})
+CLOSED_RULE_SET = RuleSet(CLOSED, Direction.INGRESS, (), (), Verdicts(DEFAULT_DENY), {})
 
 
 class Group:
@@ -70,6 +69,7 @@ class Group:
         self._policies: Sequence[Policy] = ()
         self._default = Verdicts(DEFAULT_DENY)
         self._memo: dict[object, Verdicts] = {}
+        self._same: dict[Verdicts, Verdicts] = {}
         self._snapshot: RuleSet | None = None
 
     def set_policies(self, policies: Sequence[Policy]) -> tuple[set[Peer], set[Peer]]:
@@ -77,6 +77,7 @@ class Group:
         before = set(self.by_peer)
         self._policies = policies
         self._memo.clear()
+        self._same = {verdicts: verdicts for verdicts in (*self.entries.values(), self._default)}
         self.by_peer = {}
         self._any = []
         for policy in policies:
@@ -141,7 +142,9 @@ class Group:
         memo = (frozenset(uses), ports)
         found = self._memo.get(memo)
         if found is None:
-            found = self._memo[memo] = self._painted(sorted(uses.values(), key=use_order), ports)
+            found = self._painted(sorted(uses.values(), key=use_order), ports)
+            # Equal verdicts are one object, for data paths that number them.
+            found = self._memo[memo] = self._same.setdefault(found, found)
         return found
 
     def _painted(self, uses: list[RuleUse], ports: tuple[ContainerPort, ...]) -> Verdicts:

@@ -48,6 +48,10 @@ Wanted: TypeAlias = dict[Set, dict[ElementKey, Data]]
 Elements: TypeAlias = dict[tuple[Set, ElementKey], bytes]
 
 
+Cases: TypeAlias = dict[int, tuple[Verdicts, bytes]]
+"""Verdicts that occur in a rule set, by their id(), and the number they have in the kernel."""
+
+
 class Gone(Enum):
     """In changes: the element is to go."""
 
@@ -91,6 +95,8 @@ class PolicyPart:
         self._codes: dict[Reason, int] = {}
         self._reasons: dict[int, Reason] = {}
         self._next_code = 1
+        self._cases: dict[int, Cases] = {}  # by rule set
+        self._next_case = 1
         self._generation = _UNKNOWN  # of all of nf_tables, when it last held what we think
 
     def close(self) -> None:
@@ -212,13 +218,21 @@ class PolicyPart:
         for address, identity in table.addresses.items():
             wanted[rules.PEERS[len(address)]][address, None, 0] = _number(identity)
         _merge(wanted, _intervals(table))
-        used: Elements = {}
+        held, self._cases = self._cases, {}
+        codes: set[bytes] = set()
         for rule_set in table.rule_sets.values():
-            for identity, verdicts in ((0, rule_set.default), *rule_set.entries.items()):
-                used.update(self._entry(rule_set, identity, verdicts))
-        for (target, key), data in used.items():
-            wanted[target][key] = data
-        for data in set(used.values()):
+            pairs = {0: rule_set.default, **rule_set.entries}
+            cases = self._number_cases(held.get(rule_set.number, {}), pairs.values())
+            self._cases[rule_set.number] = cases
+            head = _number(rule_set.number)
+            numbered = wanted[rules.CASES]
+            for identity, verdicts in pairs.items():
+                numbered[head + _number(identity), None, 0] = cases[id(verdicts)][1]
+            for verdicts, number in cases.values():
+                for (target, key), data in self._boxes(rule_set, verdicts, number).items():
+                    wanted[target][key] = data
+                    codes.add(data)
+        for data in codes:
             verdict = self._reasons[_value(data)].verdict
             wanted[rules.VERDICTS][data, None, 0] = _VERDICTS[verdict]
         if self._bridge:
@@ -255,40 +269,62 @@ class PolicyPart:
                 for key, data in elements.items():
                     have(target, key, data)
         for number in delta.rule_sets:
-            before, after = self._entries(old, new, number)
+            before, after = self._rule_set(old.rule_sets.get(number), new.rule_sets.get(number))
             for target, key in before:
                 drop(target, key)
             for (target, key), data in after.items():
                 have(target, key, data)
                 code = (data, None, 0)
-                if code not in self._held[rules.VERDICTS]:
+                if target is not rules.CASES and code not in self._held[rules.VERDICTS]:
                     have(rules.VERDICTS, code, _VERDICTS[self._reasons[_value(data)].verdict])
         return changes
 
-    def _entries(
-        self, old: PolicyTable, new: PolicyTable, number: int
-    ) -> tuple[Elements, Elements]:
-        """Elements of a rule set's entries that changed, before and after."""
+    def _rule_set(self, old: RuleSet | None, new: RuleSet | None) -> tuple[Elements, Elements]:
+        """Elements of a rule set that changed, before and after."""
         before: Elements = {}
         after: Elements = {}
-        left, right = old.rule_sets.get(number), new.rule_sets.get(number)
-        were = {0: left.default, **left.entries} if left else {}
-        are = {0: right.default, **right.entries} if right else {}
-        for identity, verdicts in were.items():
-            if left and are.get(identity) is not verdicts:
-                before.update(self._entry(left, identity, verdicts))
+        were = {0: old.default, **old.entries} if old else {}
+        are = {0: new.default, **new.entries} if new else {}
+        number = (old or new).number  # type: ignore[union-attr]
+        head = _number(number)
+        held = self._cases.pop(number, {})
+        cases = self._number_cases(held, are.values())
+        for identity in were.keys() - are.keys():
+            before[rules.CASES, (head + _number(identity), None, 0)] = b""
         for identity, verdicts in are.items():
-            if right and were.get(identity) is not verdicts:
-                after.update(self._entry(right, identity, verdicts))
+            if were.get(identity) is not verdicts:
+                key = (head + _number(identity), None, 0)
+                after[rules.CASES, key] = cases[id(verdicts)][1]
+        for mark, (verdicts, case) in held.items():
+            if mark not in cases and old:
+                before.update(self._boxes(old, verdicts, case))
+        for mark, (verdicts, case) in cases.items():
+            if mark not in held and new:
+                after.update(self._boxes(new, verdicts, case))
+        if cases:
+            self._cases[number] = cases
         return before, after
 
-    def _entry(self, rule_set: RuleSet, identity: int, verdicts: Verdicts) -> Elements:
-        """One identity's boxes as elements of the four maps."""
+    def _number_cases(self, held: Cases, some: Iterable[Verdicts]) -> Cases:
+        """Cases for all of `some`: those held keep their numbers."""
+        cases: Cases = {}
+        for verdicts in some:
+            mark = id(verdicts)
+            if mark in cases:
+                continue
+            if mark in held:
+                cases[mark] = held[mark]
+            else:
+                cases[mark] = (verdicts, _number(self._next_case))
+                self._next_case += 1
+        return cases
+
+    def _boxes(self, rule_set: RuleSet, verdicts: Verdicts, case: bytes) -> Elements:
+        """The boxes of one case as elements of the four maps."""
         out: Elements = {}
-        head = _number(rule_set.number) + _number(identity)
-        out[rules.ANY, (head, None, 0)] = self._code(rule_set, verdicts.other)
+        out[rules.ANY, (case, None, 0)] = self._code(rule_set, verdicts.other)
         for protocol, spans in verdicts.protocols:
-            key = head + concat(bytes([protocol]))
+            key = case + concat(bytes([protocol]))
             extent: dict[Outcome, int] = {}
             for first, last, outcome in spans:
                 extent[outcome] = extent.get(outcome, 0) + last - first

@@ -6,15 +6,17 @@ left is the first packet of a connection: if its source is a pod of this node wi
 set, chain `egress4` judges it, if its destination is one with an ingress rule set, `ingress4`. What
 the node itself sends (hook output) is not judged: a pod's own node always reaches it.
 
-A judging chain finds two numbers by address, the pod's rule set and the peer's identity, and looks
-(rule set, identity, protocol, port) up, most exact map first:
+A judging chain finds two numbers by address, the pod's rule set and the peer's identity; map
+`cases` has a third for the two of them, and by this (case, protocol, port) is looked up, most exact
+map first:
 
     exact       one port            ranges      some ports
-    protocols   any port            any         any protocol: the end of every rule set entry
+    protocols   any port            any         any protocol: the end of every case
 
 first with the peer's own identity, then, if the peer is no host of the cluster, with that of the
 address block around it, and last with identity 0, the rule set's default, which always decides. The
-maps' data is a code, and `verdicts` says what the code means and counts it.
+maps' data is a code, and `verdicts` says what the code means and counts it. Most identities fare
+alike in a rule set, so there are far fewer cases than pairs.
 
 Pods are told apart by source address, so that a bridge needs no other rules than a routed pod. That
 is the same as by link as long as no link can send with another's address: the spoof guards see to
@@ -39,13 +41,14 @@ _LIMIT = "limit rate 100/second burst 200 packets"
 
 EXACT, RANGES = Set(INET, TABLE, "exact"), Set(INET, TABLE, "ranges")
 PROTOCOLS, ANY = Set(INET, TABLE, "protocols"), Set(INET, TABLE, "any")
+CASES = Set(INET, TABLE, "cases")
 VERDICTS, LINKS = Set(INET, TABLE, "verdicts"), Set(INET, TABLE, "links")
 EGRESS = {4: Set(INET, TABLE, "egress4"), 16: Set(INET, TABLE, "egress6")}
 INGRESS = {4: Set(INET, TABLE, "ingress4"), 16: Set(INET, TABLE, "ingress6")}
 PEERS = {4: Set(INET, TABLE, "peers4"), 16: Set(INET, TABLE, "peers6")}
 BLOCKS = {4: Set(INET, TABLE, "blocks4"), 16: Set(INET, TABLE, "blocks6")}
 INET_SETS = (
-    VERDICTS, LINKS, EXACT, RANGES, PROTOCOLS, ANY,
+    VERDICTS, LINKS, CASES, EXACT, RANGES, PROTOCOLS, ANY,
     *EGRESS.values(), *INGRESS.values(), *PEERS.values(), *BLOCKS.values(),
 )  # fmt: skip
 
@@ -66,10 +69,11 @@ table inet {TABLE} {{
   map peers6 {{ type ipv6_addr : mark; }}
   map blocks4 {{ type mark . ipv4_addr : mark; flags interval; }}
   map blocks6 {{ type mark . ipv6_addr : mark; flags interval; }}
-  map exact {{ type mark . mark . inet_proto . inet_service : mark; }}
-  map ranges {{ type mark . mark . inet_proto . inet_service : mark; flags interval; }}
-  map protocols {{ type mark . mark . inet_proto : mark; }}
-  map any {{ type mark . mark : mark; }}
+  map cases {{ type mark . mark : mark; }}
+  map exact {{ type mark . inet_proto . inet_service : mark; }}
+  map ranges {{ type mark . inet_proto . inet_service : mark; flags interval; }}
+  map protocols {{ type mark . inet_proto : mark; }}
+  map any {{ type mark : mark; }}
   map verdicts {{ type mark : verdict; counter; }}
   set links {{ type ifname; }}
   chain denied {{ }}
@@ -175,26 +179,31 @@ def judging_chains() -> dict[str, list[list[bytes]]]:
                 head = nftrules.only_family(bits) + subject + peer + identities
                 both = ((_FOUND_RULES, _RULES), (_FOUND_IDENTITY, _IDENTITY))
                 head += nftrules.through_mark(*both, spare=_SPARE)
-                judged += [[head, *steps] for steps in _LOOKUPS]
+                case = head + _FIND_CASE
+                judged += [[case, *steps] for steps in _LOOKUPS]
                 judged.append([head, nftrules.verdict(goto(f"{name}-default"))])
             judged.append([nftrules.verdict(goto(f"{name}-default"))])
             chains[name] = judged
             head = nftrules.only_family(bits) + subject
             head += nftrules.through_mark((_FOUND_RULES, _RULES), spare=_SPARE)
-            head += nftrules.constant(bytes(4), _IDENTITY)
+            head += nftrules.constant(bytes(4), _IDENTITY) + _FIND_CASE
             chains[f"{name}-default"] = [[head, *steps] for steps in _LOOKUPS]
     return chains
 
 
-# Registers: the key (rule set, identity, protocol, port) must be in a row.
-_RULES, _IDENTITY, _PROTOCOL, _PORT, _CODE, _FOUND_CODE = 0, 1, 2, 3, 4, 5
-_FOUND_RULES, _FOUND_IDENTITY, _SPARE, _ADDRESS = 6, 7, 8, 11
+# Registers: the keys (rule set, identity) and (case, protocol, port) must be in a row.
+_RULES, _IDENTITY, _CASE, _PROTOCOL, _PORT, _CODE = 0, 1, 2, 3, 4, 5
+_FOUND, _FOUND_RULES, _FOUND_IDENTITY, _SPARE, _ADDRESS = 6, 7, 8, 9, 11
+
+_FIND_CASE = nftrules.lookup("cases", _RULES, _FOUND) + nftrules.through_mark(
+    (_FOUND, _CASE), spare=_SPARE
+)
 
 
 def _decide(name: str) -> bytes:
     return (
-        nftrules.lookup(name, _RULES, _FOUND_CODE)
-        + nftrules.through_mark((_FOUND_CODE, _CODE), spare=_SPARE)
+        nftrules.lookup(name, _CASE, _FOUND)
+        + nftrules.through_mark((_FOUND, _CODE), spare=_SPARE)
         + nftrules.lookup("verdicts", _CODE)
     )
 
