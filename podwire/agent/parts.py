@@ -28,6 +28,7 @@ from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.datapath import Part, Requirement
+from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.datapath.nftables.vpc import VpcPart
 from podwire.ipam.vpc.settings import read_settings
 from podwire.ipam.vpc.threads import POOL as VPC_POOL
@@ -177,6 +178,7 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
     config = own_node.proxy_config(options, node)
     compiler = ServiceCompiler(own_node.facts(node), config)
     path = built.datapath.services(config)
+    counts = path.counts if isinstance(path, NftablesServicesPart) else None
     if built.datapath.programs is None:  # with it, they end the flows in their own table
         path = ReapingPart(path, room.collector.removed)
 
@@ -200,7 +202,9 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
 
     def serve(control: ControlServer, store: Store, _: Loop) -> None:
         control.route("/v1/services", lambda query: services_api.listing(compiler.table, query))
-        control.route("/v1/services/show", lambda query: services_api.show(compiler.table, query))
+        control.route(
+            "/v1/services/show", lambda query: services_api.show(compiler.table, query, counts)
+        )
         control.route(
             "/v1/services/resolve",
             lambda query: services_api.resolve(store, compiler.table, query),

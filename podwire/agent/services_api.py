@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 from podwire.errors import InvalidObject
 from podwire.kube.objects import Pod
@@ -70,7 +70,13 @@ def _row(name: ServicePortName, port: ServicePort, frontend: Frontend) -> dict[s
     }
 
 
-def show(table: ServiceTable, query: Mapping[str, str]) -> list[dict[str, Any]]:
+Counts: TypeAlias = Callable[[ServicePort], Mapping[Frontend, tuple[str, int]]]
+"""For each frontend of a port: what in the kernel decides about it, and connections seen."""
+
+
+def show(
+    table: ServiceTable, query: Mapping[str, str], counts: Counts | None = None
+) -> list[dict[str, Any]]:
     """All about one Service; `name` is ``namespace/name``. Raises InvalidObject."""
     namespace, _, name = query.get("name", "").rpartition("/")
     found = [
@@ -91,7 +97,7 @@ def show(table: ServiceTable, query: Mapping[str, str]) -> list[dict[str, Any]]:
             "port": port.name.port_name,
             "protocol": port.name.protocol.name,
             "family": port.name.family,
-            "frontends": [_row(port.name, port, each) for each in port.frontends],
+            "frontends": _counted(port, counts),
             "cluster": [format_backend(each) for each in port.cluster],
             "local": [format_backend(each) for each in port.local],
             "has_endpoints": port.has_endpoints,
@@ -103,6 +109,17 @@ def show(table: ServiceTable, query: Mapping[str, str]) -> list[dict[str, Any]]:
         }
         for port in sorted(found, key=lambda each: str(each.name))
     ] or [{"service": query["name"], "problems": problems}]
+
+
+def _counted(port: ServicePort, counts: Counts | None) -> list[dict[str, Any]]:
+    seen: Mapping[Frontend, tuple[str, int]] = counts(port) if counts is not None else {}
+    rows: list[dict[str, Any]] = []
+    for frontend in port.frontends:
+        row = _row(port.name, port, frontend)
+        if frontend in seen:
+            row["element"], row["connections"] = seen[frontend]
+        rows.append(row)
+    return rows
 
 
 def _texts(prefixes: Iterable[Prefix] | None) -> list[str] | None:

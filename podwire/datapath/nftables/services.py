@@ -12,11 +12,12 @@ import threading
 from collections.abc import Sequence
 
 from podwire.datapath import Requirement
+from podwire.datapath.nftables.services_elements import counting, target
 from podwire.datapath.nftables.services_family import FamilyTable
 from podwire.datapath.nftables.services_rules import serves_loopback
 from podwire.errors import KernelError
-from podwire.kernel.nftables import NfTables, Transaction
-from podwire.services import Family, ProxyConfig, ServiceTable
+from podwire.kernel.nftables import NfTables, Set, Transaction
+from podwire.services import Family, Frontend, ProxyConfig, ServicePort, ServiceTable
 
 log = logging.getLogger("podwire.datapath.nftables.services")
 
@@ -106,6 +107,23 @@ class ServicesPart:
     def status(self) -> dict[str, object]:
         """Elements by family, waiting deletes, and packets refused and dropped so far."""
         return {str(family): family.status() for family in self._families.values()}
+
+    def counts(self, port: ServicePort) -> dict[Frontend, tuple[str, int]]:
+        """For each frontend the set or map that decides, and how many connections it has seen.
+
+        Lists those maps; for people who ask, not for every sync.
+        """
+        listed: dict[Set, dict[bytes, tuple[int, int]]] = {}
+        found: dict[Frontend, tuple[str, int]] = {}
+        for frontend in port.frontends:
+            name, key = counting(port, frontend)
+            place = target(port.name.family, name)
+            if place not in listed:
+                listed[place] = self._nft.element_counters(place)
+            packets, _ = listed[place].get(key, (0, 0))
+            word = "ip" if port.name.family == 4 else "ip6"
+            found[frontend] = (f"{word} {place.table} {name}", packets)
+        return found
 
     def _apply_changes(self, old: ServiceTable, new: ServiceTable) -> None:
         delta = new.delta(old)

@@ -100,6 +100,17 @@ def affinity_keys(port: ServicePort) -> Iterator[tuple[str, str, bytes]]:
             yield "cluster", f"{space}shortcut-affinity-lists", key
 
 
+def counting(port: ServicePort, frontend: Frontend) -> tuple[str, bytes]:
+    """The set or map whose element decides about the frontend and counts its packets; its key."""
+    space = "" if frontend.address else "nodeport-"
+    if not port.has_endpoints:
+        name = "rejected"
+    else:
+        local = port.is_local(frontend.kind)
+        name = "frontends" if (port.local if local else port.cluster) else "dropped"
+    return space + name, _key(port, frontend)
+
+
 class _Writer:
     def __init__(self, port: ServicePort, ids: AffinityIds, rules: set[Rule]) -> None:
         self.out: Spelling = {}

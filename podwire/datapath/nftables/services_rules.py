@@ -157,9 +157,9 @@ def _sets(words: Words) -> list[str]:
         key_type = words.key_type(space)
         slot = f"{key_type} . classid"
         out += [
-            f"  set {space}rejected {{ type {key_type}; }}",
-            f"  set {space}dropped {{ type {key_type}; }}",
-            f"  map {space}frontends {{ type {key_type} : classid; }}",
+            f"  set {space}rejected {{ type {key_type}; counter; }}",
+            f"  set {space}dropped {{ type {key_type}; counter; }}",
+            f"  map {space}frontends {{ type {key_type} : classid; counter; }}",
             f"  map {space}shortcuts {{ type {key_type} : classid; }}",
         ]
         for lst in LISTS:
