@@ -52,7 +52,7 @@ def load(path: Path) -> Case:
     try:
         document = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from None
+        raise ValueError(f"not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(document, dict) or not isinstance(document.get("steps"), list):
         raise ValueError("not a case: no steps")
     return Case(str(document.get("id", path.stem)), document)

@@ -86,7 +86,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         case = yaml.load(path.read_text(), Loader=_LOADER)
     except yaml.YAMLError as error:
-        raise Malformed(f"not YAML: {error}") from None
+        raise Malformed(f"not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(case, dict):
         raise Malformed("not a case")
     return case

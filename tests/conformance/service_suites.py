@@ -39,8 +39,8 @@ def _endpoint_selection(case: Mapping[str, Any]) -> Iterable[str]:
             | LOCAL * said["local"]
         )
         hints = EndpointHints(
-            for_zones=[Hint(name=zone) for zone in said["zoneHints"]],
-            for_nodes=[Hint(name=node) for node in said["nodeHints"]],
+            for_zones=[Hint(name=zone) for zone in said.get("zoneHints") or ()],
+            for_nodes=[Hint(name=node) for node in said.get("nodeHints") or ()],
         )
         endpoints[backend(parse_address(address), port)] = State(bits, hints)
     chosen = select(
@@ -103,8 +103,9 @@ def _nodeport_addresses(case: Mapping[str, Any]) -> Iterable[str]:
 
 def _no_local_endpoints(case: Mapping[str, Any]) -> Iterable[str]:
     table = Cluster(case).apply(case["objects"])
+    family = 6 if case.get("family") == "IPv6" else 4
     for policy, wanted in case["expect"].items():
-        got = table.without_local.get((4, policy), 0)
+        got = table.without_local.get((family, policy), 0)
         if got != wanted:
             yield f"{policy}: expected {wanted}, got {got}"
 
