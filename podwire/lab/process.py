@@ -80,6 +80,21 @@ def detach(keep: int) -> bool:
     os.setsid()
     if os.fork():
         os._exit(0)
-    os.closerange(3, keep)
-    os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
+    _let_go(keep)
     return True
+
+
+def _let_go(keep: int) -> None:
+    """Put /dev/null in the place of every inherited descriptor but `keep` and the standard ones.
+
+    Closing them would free their numbers for descriptors of ours, and the objects that own them
+    (the caller's sockets and files live on in this process) would close those when collected.
+    """
+    nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd not in (keep, nothing):
+            with contextlib.suppress(OSError):  # the listing's own is closed by now
+                os.fstat(fd)
+                os.dup2(nothing, fd, inheritable=False)
+    os.close(nothing)
