@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from podwire import __version__
-from podwire.agent import handover, parts
+from podwire.agent import handover, parts, report
 from podwire.agent import node as own_node
 from podwire.agent.control import ControlServer
 from podwire.agent.endpoints import Endpoints, Health
@@ -154,6 +154,10 @@ class Agent:
             group.create_task(self._loop.run())
             group.create_task(self._watch_machine())
             group.create_task(self._save_objects())
+            if "policy" in self.options.parts:
+                group.create_task(
+                    report.keep_reporting(client, self.options.node_name, self.store, self._settled)
+                )
             watchers = [make(self._loop) for make in built.watchers]
             watchers.append(
                 Watcher("api", lambda seen: seen.type == RTM_DELADDR, self._reconnect(client))
@@ -228,6 +232,10 @@ class Agent:
         for family in ("IPv4", "IPv6"):
             self.metrics.sync_duration.labels(family).observe(now - began)
             self.metrics.last_sync.labels(family).set(now)
+
+    def _settled(self) -> bool:
+        """Whether the kernel holds all that is known."""
+        return self._loop is not None and not self._loop.queued_since
 
     def _repaired(self, part: str, count: int) -> None:
         self.metrics.repairs.labels(part).inc(count)

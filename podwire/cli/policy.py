@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
+from podwire.agent import report
 from podwire.agent.control import ask, follow
 from podwire.cli import agents
 from podwire.cli.paint import paint, table
 from podwire.errors import ApiError, ConfigError, PodwireError
 from podwire.kube import kubeconfig
-from podwire.kube.client import Client
-from podwire.kube.objects import ClusterNetworkPolicy, NetworkPolicy
+from podwire.kube.client import Client, Selection
+from podwire.kube.objects import ClusterNetworkPolicy, NetworkPolicy, Node
 from podwire.policy import PolicyRef
 
 _DESTINATION = re.compile(
@@ -56,6 +57,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     wait = commands.add_parser("wait", help="until every node enforces the policy as it is now")
     wait.add_argument("name", metavar="[NAMESPACE/]NAME")
     wait.add_argument("--timeout", type=float, default=30, metavar="SECONDS")
+    wait.add_argument(
+        "--kubeconfig",
+        type=Path,
+        help="ask a cluster's API what each node reports (default: the agents of this machine)",
+    )
     for each in (why, ls, show, matrix, diff, lint, drops, counts, wait):
         agents.add_options(each)
 
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         case "drops":
             return asyncio.run(_drops(args))
         case "wait":
-            return _wait(args)
+            return asyncio.run(_wait_reports(args)) if args.kubeconfig else _wait(args)
         case "diff":
             documents = _documents(args.filename)
             answer = ask(agents.socket(args), "/v1/policy/diff", {}, json.dumps(documents))
@@ -248,6 +254,25 @@ def _wait(args: argparse.Namespace) -> int:
                 why = "no node knows it"
             raise ApiError(f"{args.name} is not enforced everywhere: {why}")
         time.sleep(0.05)
+
+
+async def _wait_reports(args: argparse.Namespace) -> int:
+    """Read the Nodes until all report the policy's version or a later one."""
+    until = time.monotonic() + args.timeout
+    namespace, _, name = args.name.rpartition("/")
+    kind = NetworkPolicy if namespace else ClusterNetworkPolicy
+    async with Client(kubeconfig.load(args.kubeconfig)) as client:
+        policy = await client.get(kind, name, namespace)
+        wanted = int(policy.metadata.resource_version)
+        while True:
+            nodes = (await client.list(Selection(Node))).objects
+            late = [n.metadata.name for n in nodes if (report.enforced(n) or 0) < wanted]
+            if nodes and not late:
+                print(f"{args.name} is enforced on {len(nodes)} nodes")
+                return 0
+            if time.monotonic() > until:
+                raise ApiError(f"{args.name} is not enforced everywhere: not by {', '.join(late)}")
+            await asyncio.sleep(0.2)
 
 
 async def _versions(args: argparse.Namespace) -> dict[str, str]:

@@ -87,6 +87,8 @@ def test_a_policy_from_the_api_to_the_kernel_and_back(
     lab.apply(manifests.parse(WORLD, "world"))
     lab.wait(30)
     assert podwire(lab, "wait", "x/friends")[0] == 0
+    kubeconfig = str(lab.dir.kubeconfig)  # as on a cluster: the nodes' reports, by the API
+    assert podwire(lab, "wait", "x/friends", "--kubeconfig", kubeconfig)[0] == 0
     assert reaches(lab, "friend")
     assert not reaches(lab, "stranger")
 
