@@ -226,6 +226,9 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return drop(ctx, REASON_SPOOFED, &p->flow);
 	if (p->kind == PACKET_FOREIGN || is_multicast(&p->flow.destination))
 		return TCX_NEXT;
+	/* nobody but the node itself reaches what is served on 127.0.0.1 and ::1 (CVE-2020-8558) */
+	if (place != PLACE_NODE && is_loopback(&p->flow.destination))
+		return drop(ctx, REASON_SPOOFED, &p->flow);
 	if (!p->ipv4 && p->icmp_type >= ICMPV6_ROUTER_SOLICITATION && p->icmp_type <= ICMPV6_REDIRECT)
 		return TCX_NEXT;
 	if (p->fragment != FRAGMENT_NONE && p->kind == PACKET_FLOW && !complete_fragment(p))

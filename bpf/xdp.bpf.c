@@ -97,8 +97,8 @@ int from_driver(struct xdp_md *ctx)
 	p = &w->packet;
 	parse(ctx, p);
 	if (p->kind != PACKET_FLOW || p->fragment != FRAGMENT_NONE || p->ttl <= 1 ||
-	    is_multicast(&p->flow.destination))
-		return XDP_PASS;
+	    is_multicast(&p->flow.destination) || is_loopback(&p->flow.destination))
+		return XDP_PASS; /* for what follows to judge */
 	connection = find_connection(&p->flow);
 	if (!connection)
 		return xdp_begin(ctx, w);
