@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _manifest_options(apply, required=True)
     _wait_options(apply)
     _manifest_options(add("delete", "delete what manifests name"), required=True)
-    add("ls", "list labs, nodes and pods")
+    add("ls", "list labs, nodes and pods; all labs unless one is named").set_defaults(name="")
     status = add("status", "what runs and what does not")
     status.add_argument("--json", action="store_true")
     execute = add("exec", "run a program in a pod, on a node (node/NAME) or outside")
@@ -177,7 +177,8 @@ def _down(args: argparse.Namespace) -> int:
 
 def _ls(args: argparse.Namespace) -> int:
     terminal = Terminal()
-    for name in state.names():
+    names = [args.name] if args.name else state.names()
+    for name in names:
         terminal.print(terminal.paint(name, "bold"))
         try:
             lab = Lab(name)
