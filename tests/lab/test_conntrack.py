@@ -243,13 +243,14 @@ def test_a_table_driven_to_full(lab: Lab) -> None:
         assert not alert_fires(fd["node/node1"])
         foretold = grow(lab, flood, limit)
         assert foretold
+        assert alert_fires(fd["node/node1"])  # now: a full table would drop the question itself
+        go_on(flood, limit)
         fill(table, flood, limit)
         assert table.usage().used >= limit
         reached = time.monotonic()
         for at, left in foretold:
             assert 0.5 * left < reached - at < 2 * left + 1, (at, left, reached)
         assert conntrack(lab, "status")["pressure"]
-        assert alert_fires(fd["node/node1"])
         wait_for(lambda: any("% full" in r for r in lab.agent("node1", "/v1/status")["reasons"]))
         wait_for(lambda: node_condition(lab)["status"] == "True")
         make_assured(table, flood)
@@ -272,25 +273,32 @@ def test_a_table_driven_to_full(lab: Lab) -> None:
     wait_for(lambda: node_condition(lab)["status"] == "False")
 
 
+PACE = 5  # seconds for the whole table
+
+
 def grow(lab: Lab, flood: Flood, limit: int) -> list[tuple[float, float]]:
-    """A steady flood up to 70 %; moments and the times to full that were foretold then."""
-    per_s, began = limit / 5, time.monotonic()
+    """A steady flood up to 90 %; a moment and the time to full that was foretold then."""
+    began = time.monotonic()
     foretold: list[tuple[float, float]] = []
-    while flood.sent < 0.7 * limit:
-        due = int((time.monotonic() - began) * per_s)
-        flood.send(1000 + flood.sent, 1000 + min(due, int(0.7 * limit) + 1))
+    while flood.sent < 0.9 * limit:
+        due = int((time.monotonic() - began) * limit / PACE)
+        flood.send(1000 + flood.sent, 1000 + min(due, int(0.9 * limit) + 1))
         answer = conntrack(lab, "status")
-        if flood.sent > 0.6 * limit:
+        if flood.sent > 0.6 * limit and not foretold:
             assert answer["full_in_s"] is not None
-            assert answer["growth_per_s"] > 0.5 * per_s
+            assert answer["growth_per_s"] > 0.5 * limit / PACE
             foretold.append((time.monotonic(), answer["full_in_s"]))
         time.sleep(0.1)
-    # go on at the same pace, so that the forecast can be held against what came
+    return foretold
+
+
+def go_on(flood: Flood, limit: int) -> None:
+    """The rest at the same pace, so that the forecast can be held against what came."""
+    began, before = time.monotonic(), flood.sent
     while flood.sent < limit:
-        due = int((time.monotonic() - began) * per_s)
+        due = before + int((time.monotonic() - began) * limit / PACE)
         flood.send(1000 + flood.sent, 1000 + min(due, limit))
         time.sleep(0.02)
-    return foretold[:1]
 
 
 def fill(table: Table, flood: Flood, limit: int) -> None:
