@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from podwire.agent import ebpf, services_api
@@ -32,6 +33,7 @@ from podwire.datapath.nftables.services import ServicesPart as NftablesServicesP
 from podwire.datapath.nftables.vpc import VpcPart
 from podwire.ipam.vpc.settings import read_settings
 from podwire.ipam.vpc.threads import POOL as VPC_POOL
+from podwire.kernel import sysctl
 from podwire.kube.objects import (
     EndpointSlice,
     ENIConfig,
@@ -134,7 +136,14 @@ def build(options: Options, node: Node) -> Built:
     policy = _add_policy(built, options) if "policy" in options.parts else None
     if "cni" in options.parts:
         _add_cni(built, options, node, policy)
+    elif built.datapath.programs is None and _bridges():
+        built.requirements += BRIDGE_NETFILTER  # somebody else's plugin may use a bridge
     return built
+
+
+def _bridges() -> bool:
+    """Whether bridged packets can meet netfilter here at all (br_netfilter)."""
+    return Path(sysctl.path(BRIDGE_NETFILTER[0].sysctl)).exists()
 
 
 def _add_nodes(built: Built, options: Options) -> None:
