@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from podwire.agent import ebpf, services_api
 from podwire.agent import node as own_node
@@ -24,7 +24,6 @@ from podwire.agent.policies import KINDS as POLICY_KINDS
 from podwire.agent.policies import PolicyRoom
 from podwire.agent.reaping import ReapingPart
 from podwire.agent.sync import Sync
-from podwire.agent.vpc import VpcMode
 from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.conntrack.ebpf import EbpfSource
@@ -32,7 +31,6 @@ from podwire.datapath import Part, Requirement
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.datapath.nftables.vpc import VpcPart
 from podwire.ipam.vpc.settings import read_settings
-from podwire.ipam.vpc.threads import POOL as VPC_POOL
 from podwire.kernel import sysctl
 from podwire.kube.objects import (
     EndpointSlice,
@@ -46,6 +44,9 @@ from podwire.net import parse_prefix
 from podwire.nodes import RouteCompiler
 from podwire.services import ServiceCompiler, ServiceTable
 from podwire.wiring.routes import NodeRoutes
+
+if TYPE_CHECKING:
+    from podwire.agent.vpc import VpcMode
 
 SERVICE_KINDS: tuple[Kind, ...] = (Node, Service, EndpointSlice, ServiceCIDR)
 
@@ -239,7 +240,7 @@ def _add_cni(
     policy: PolicyRoom | None,
 ) -> None:
     routes = next((s.path for s in built.syncs if isinstance(s.path, NodeRoutes)), None)
-    vpc = VpcMode(options) if options.wiring == "vpc" else None
+    vpc = _vpc_mode(options) if options.wiring == "vpc" else None
 
     def make(loop: Loop, store: Store, synced: Callable[[], bool]) -> Pods:
         def config() -> NodeConfig:
@@ -251,7 +252,7 @@ def _add_cni(
                 hairpin=True,
                 default_gateway=True,
                 wiring="bridge" if options.wiring == "bridge" else "routed",
-                pool=VPC_POOL if vpc is not None else "",
+                pool=vpc.pool_name if vpc is not None else "",
             )
 
         gate: Gate | None = None
@@ -272,6 +273,13 @@ def _add_cni(
         built.tasks.append(lambda agent: vpc.run())
     if options.wiring == "bridge":
         built.requirements += BRIDGE_NETFILTER
+
+
+def _vpc_mode(options: Options) -> VpcMode:
+    """Imported only where it runs: it is a tenth of an agent's start."""
+    from podwire.agent.vpc import VpcMode
+
+    return VpcMode(options)
 
 
 def _mtu(vpc: VpcMode | None, routes: NodeRoutes | None) -> int:

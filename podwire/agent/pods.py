@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from podwire.agent.logs import event
 from podwire.agent.options import Options
-from podwire.agent.vpc import VpcMode
 from podwire.agent.watch import Watcher
 from podwire.cni import assembly, conflist
 from podwire.cni.plan import NodeConfig
@@ -20,6 +19,9 @@ from podwire.errors import KernelError
 from podwire.ipam.state import State
 from podwire.wiring import Attachment
 from podwire.wiring.routed import RoutedWiring
+
+if TYPE_CHECKING:
+    from podwire.agent.vpc import VpcMode
 
 log = logging.getLogger("podwire.agent.pods")
 

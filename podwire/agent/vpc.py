@@ -27,7 +27,7 @@ from podwire.ipam.vpc.imds import DEFAULT_ENDPOINT, Imds
 from podwire.ipam.vpc.manager import Manager, Node
 from podwire.ipam.vpc.metrics import Metrics
 from podwire.ipam.vpc.settings import read_settings
-from podwire.ipam.vpc.threads import WAIT_S, VpcPool
+from podwire.ipam.vpc.threads import POOL, WAIT_S, VpcPool
 from podwire.kernel import link, sysctl
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.kube import objects
@@ -61,6 +61,8 @@ class VpcMode:
 
     Raises ConfigError, and Unsupported without boto3.
     """
+
+    pool_name = POOL
 
     def __init__(self, options: Options, environment: Mapping[str, str] = os.environ) -> None:
         self._node_name = options.node_name
