@@ -15,7 +15,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from podwire.agent.machine import Machine
 from podwire.agent.metrics import Metrics
 from podwire.agent.options import Options
 from podwire.agent.sync import Sync
+from podwire.agent.sync_metrics import SyncCollector
 from podwire.agent.watch import KernelWatch, Watcher
 from podwire.errors import ApiError, ConfigError, PodwireError
 from podwire.kernel.address import RTM_DELADDR
@@ -42,6 +44,8 @@ from podwire.kube.store import ChangeSet, Kind, Store
 log = logging.getLogger("podwire.agent")
 
 SNAPSHOT_PERIOD_S = 30.0
+CNI_COMMANDS = frozenset({"ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"})
+_TRIGGER = "endpoints.kubernetes.io/last-change-trigger-time"
 MACHINE_PERIOD_S = 5.0
 
 
@@ -54,7 +58,7 @@ class Agent:
         self.metrics = Metrics()
         self.health = Health(timeout_s=2 * options.sync_period_s)
         self.control = ControlServer(options.run_dir / "agent.sock")
-        self.started = time.monotonic()
+        self.started, self.started_at = time.monotonic(), time.time()
         self.kinds: tuple[Kind, ...] = parts.kinds(options)
         self._reasons: list[str] = list(options.warnings)
         self._snapshot = options.state_dir / "objects.json"
@@ -66,6 +70,11 @@ class Agent:
         self._more_reasons: list[Callable[[], list[str]]] = []
         self._ready = False
         self._restart = False
+        self.metrics.registry.register(
+            SyncCollector(
+                lambda: self._syncs, lambda: (kind.__name__ for kind, _ in self.store.set_aside)
+            )
+        )
         self.client: Client | None = None  # while it runs
 
     async def run(self) -> int:
@@ -138,6 +147,7 @@ class Agent:
         cni = None
         if built.cni is not None:
             cni = built.cni(self._loop, self.store, self._synced)
+            cni.observe = self._cni_called
         built.serve(self.control, self.store, self._loop)
         self._loop.wake()
         await self._loop.step()
@@ -216,8 +226,11 @@ class Agent:
         now = time.time()
         for family in ("IPv4", "IPv6"):
             self.metrics.last_queued.labels(family).set(now)
-        self.metrics.service_changes.inc(len(changes.of(Service)))
-        self.metrics.endpoint_changes.inc(len(changes.of(EndpointSlice)))
+        services, slices = len(changes.of(Service)), len(changes.of(EndpointSlice))
+        self.metrics.service_changes.inc(services)
+        self.metrics.endpoint_changes.inc(slices)
+        self.metrics.service_pending.set(services)
+        self.metrics.endpoint_pending.set(slices)
 
     def _after(self, changes: ChangeSet, began: float) -> None:
         now = time.time()
@@ -232,6 +245,14 @@ class Agent:
         for family in ("IPv4", "IPv6"):
             self.metrics.sync_duration.labels(family).observe(now - began)
             self.metrics.last_sync.labels(family).set(now)
+        self.metrics.service_pending.set(0)
+        self.metrics.endpoint_pending.set(0)
+        for family, trigger in triggers(changes):
+            if trigger >= self.started_at:  # as kube-proxy: older ones were waiting for us
+                self.metrics.network_programming.labels(family).observe(max(0.0, now - trigger))
+        for sync in self._syncs:
+            if sync.name == "policy" and not sync.kinds.isdisjoint(changes):
+                self.metrics.policy_duration.observe(sync.last_duration_s)
 
     def _settled(self) -> bool:
         """Whether the kernel holds all that is known."""
@@ -239,6 +260,10 @@ class Agent:
 
     def _repaired(self, part: str, count: int) -> None:
         self.metrics.repairs.labels(part).inc(count)
+
+    def _cni_called(self, command: str, code: int, seconds: float) -> None:
+        known = command if command in CNI_COMMANDS else "unknown"  # labels come from a bounded set
+        self.metrics.cni_duration.labels(known, str(code)).observe(seconds)
 
     async def _watch_machine(self) -> None:
         while True:
@@ -316,6 +341,16 @@ class Agent:
             ],
             "machine": self._machine.status(),
         }
+
+
+def triggers(changes: ChangeSet) -> Iterator[tuple[str, float]]:
+    """IP family of each changed EndpointSlice that says when its cause was, and when (Unix, s)."""
+    for change in changes.of(EndpointSlice).values():
+        text = change.new.metadata.annotations.get(_TRIGGER, "") if change.new else ""
+        if text and change.new is not None:
+            with contextlib.suppress(ValueError):
+                moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+                yield change.new.address_type, moment.timestamp()
 
 
 def _lock(run_dir: Path) -> int:

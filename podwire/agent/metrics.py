@@ -54,18 +54,6 @@ class Metrics:
             "EndpointSlice changes not yet applied",
             registry=registry,
         )
-        self.no_local_endpoints = Gauge(
-            sync + "no_local_endpoints_total",
-            "Service ports with a Local policy and endpoints elsewhere only",
-            ["traffic_policy"],
-            registry=registry,
-        )
-        self.sync_failures = Counter(
-            "podwire_sync_failures",
-            "Syncs that the kernel refused, by part",
-            ["part"],
-            registry=registry,
-        )
         self.repairs = Counter(
             "podwire_repairs",
             "Foreign or missing kernel state put right, by part",
@@ -79,10 +67,6 @@ class Metrics:
             registry=registry,
             buckets=SYNC_BUCKETS_S,
         )
-        self.set_aside = Gauge(
-            "podwire_objects_set_aside", "Objects that make no sense, by kind", ["kind"],
-            registry=registry,
-        )  # fmt: skip
         self.policy_duration = Histogram(
             "podwire_policy_sync_duration_seconds",
             "Time of one sync of policies into the kernel",

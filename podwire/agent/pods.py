@@ -76,7 +76,13 @@ class Pods:
             admit=gate.admit if gate else _nobody_asks,
             dismiss=gate.dismiss if gate else _nobody_asks,
         )
-        self._server = CniServer(options.run_dir, lifecycle, self._ready)
+        self.observe: Callable[[str, int, float], None] = lambda command, code, seconds: None
+        self._server = CniServer(
+            options.run_dir,
+            lifecycle,
+            self._ready,
+            lambda command, code, seconds: self.observe(command, code, seconds),
+        )
 
     def start(self) -> None:
         """Serve, and only then tell the runtime that there is a network."""

@@ -113,13 +113,21 @@ class Sync(Generic[TableT]):
             event(log, logging.WARNING, "repaired", part=self.name, what=repair)
         return repairs
 
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """What the table set aside, and why."""
+        return getattr(self.table, "problems", {})
+
+    def kernel_status(self) -> dict[str, object]:
+        """What the data path says of itself."""
+        return self.path.status() if self.path is not None else {}
+
     def status(self) -> dict[str, Any]:
-        problems: Mapping[str, str] = getattr(self.table, "problems", {})
         return {
             "revision": self.revision,
             "failures": self.failures,
             "error": self.error,
             "last_sync_ms": round(self.last_duration_s * 1000, 3),
-            "problems": {str(name): reason for name, reason in problems.items()},
-            "kernel": self.path.status() if self.path is not None else {},
+            "problems": {str(name): reason for name, reason in self.problems.items()},
+            "kernel": self.kernel_status(),
         }

@@ -50,16 +50,21 @@ _REQUEST_TIMEOUT_S = 10
 class CniServer:
     """Serves `<run_dir>/cni.sock` from `start` to `stop`.
 
-    `ready` raises CniError 50 (or 51) while ADD cannot be served; STATUS asks it.
+    `ready` raises CniError 50 (or 51) while ADD cannot be served; STATUS asks it. `observe` hears
+    of every call: command, error code (0: served) and seconds.
     """
 
     def __init__(
-        self, run_dir: Path, lifecycle: Lifecycle, ready: Callable[[], None] = lambda: None
+        self,
+        run_dir: Path,
+        lifecycle: Lifecycle,
+        ready: Callable[[], None] = lambda: None,
+        observe: Callable[[str, int, float], None] = lambda command, code, seconds: None,
     ) -> None:
         self._path = run_dir / SOCKET
         self._left = run_dir / LEFT_DELETES
         self._lifecycle = lifecycle
-        self._ready = ready
+        self._ready, self._observe = ready, observe
         self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="cni")
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
@@ -120,8 +125,10 @@ class CniServer:
             output = self._serve(call)
         except Exception as error:
             refusal = _refusal(error)
+            self._observe(command, refusal.code, time.monotonic() - started)
             _log(logging.WARNING, command, frame, started, f"{refusal}")
             return 1, refusal.encode(answer_version(frame.stdin))
+        self._observe(command, 0, time.monotonic() - started)
         _log(logging.DEBUG, command, frame, started, "")
         return 0, output
 
