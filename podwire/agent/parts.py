@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from podwire.agent import ebpf, services_api
 from podwire.agent import node as own_node
@@ -27,8 +27,10 @@ from podwire.agent.sync import Sync
 from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.conntrack.ebpf import EbpfSource
-from podwire.datapath import Part, Requirement
+from podwire.datapath import Requirement
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
+from podwire.datapath.nftables.spoof import SpoofGuard
+from podwire.datapath.nftables.spoof_routed import RoutedSpoofGuard
 from podwire.datapath.nftables.vpc import VpcPart
 from podwire.ipam.vpc.settings import read_settings
 from podwire.kernel import sysctl
@@ -43,6 +45,8 @@ from podwire.kube.store import ChangeSet, Kind, Store
 from podwire.net import parse_prefix
 from podwire.nodes import RouteCompiler
 from podwire.services import ServiceCompiler, ServiceTable
+from podwire.wiring.hostports import HostPortRules
+from podwire.wiring.masquerade import MasqueradeRules
 from podwire.wiring.routes import NodeRoutes
 
 if TYPE_CHECKING:
@@ -288,9 +292,19 @@ def _mtu(vpc: VpcMode | None, routes: NodeRoutes | None) -> int:
     return routes.pod_mtu() if routes is not None else 0
 
 
-def all_paths(options: Options) -> Iterator[tuple[str, Part[Any]]]:
-    """Every part that this or another data path may have left in the kernel, for `--cleanup`."""
+class Removable(Protocol):
+    """Something in the kernel that podwire made and can take away whole."""
+
+    def cleanup(self) -> None: ...
+
+
+def all_paths(options: Options) -> Iterator[tuple[str, Removable]]:
+    """Everything that this or another data path may have left in the kernel, for `--cleanup`."""
     yield "routes", NodeRoutes()
     for path, name, part in leftovers(options):
         yield f"{path} {name}", part
     yield "vpc", VpcPart()
+    yield "spoof guard", SpoofGuard()
+    yield "spoof guard, routed", RoutedSpoofGuard()
+    yield "host ports", HostPortRules()
+    yield "ipMasq", MasqueradeRules()
