@@ -56,7 +56,7 @@ class Link:
 
     `link` is the index of the veth peer or lower device, in the namespace with the local number
     `link_netnsid` (-1: this one). `data` and `port_data` are the raw attributes of the kind and of
-    the port it is to its master (`vxlan.read`, `bridge_port`).
+    the port it is to its master (`vxlan.read`, `bridge.port_flags`).
     """
 
     index: int

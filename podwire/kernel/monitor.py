@@ -7,14 +7,10 @@ Source: rtnetlink(7); include/uapi/linux/rtnetlink.h (RTNLGRP_*).
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import socket
-import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from podwire.kernel import netlink, netns
+from podwire.kernel import netlink
 
 
 class Group(IntEnum):
@@ -39,22 +35,14 @@ class Event(NamedTuple):
 
 LOST = Event(0, b"")  # the kernel could not queue everything: look for yourself
 
-_ADD_MEMBERSHIP = 1
-_SOL_NETLINK = 270
-_SO_RCVBUFFORCE = 33
-_HEADER = struct.Struct("=IHHII")
+_BUFFER_BYTES = 8 << 20
 
 
 class Monitor:
     """Wait for `fileno()` to become readable, then `drain()`."""
 
     def __init__(self, groups: list[Group], netns_fd: int | None = None) -> None:
-        self._socket = netns.socket(netns_fd, socket.AF_NETLINK, socket.SOCK_RAW, netlink.ROUTE)
-        self._socket.setblocking(False)
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 8 << 20)
-        self._socket.bind((0, 0))
-        for group in groups:
-            self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+        self._socket = netlink.subscribe(netlink.ROUTE, groups, netns_fd, _BUFFER_BYTES)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -65,18 +53,8 @@ class Monitor:
     def drain(self) -> list[Event]:
         """All notifications that are waiting; `LOST` among them where some were dropped."""
         events: list[Event] = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                try:
-                    data = self._socket.recv(65536)
-                except OSError as error:
-                    if error.errno != errno.ENOBUFS:
-                        raise
-                    events.append(LOST)
-                    continue
-                offset = 0
-                while offset + 16 <= len(data):
-                    length, kind, *_ = _HEADER.unpack_from(data, offset)
-                    events.append(Event(kind, data[offset + 16 : offset + length]))
-                    offset += (length + 3) & ~3
+        for datagram in netlink.drain(self._socket):
+            events += [Event(kind, body) for kind, _, _, body in netlink.messages(datagram)]
+            if not datagram:
+                events.append(LOST)
         return events

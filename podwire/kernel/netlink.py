@@ -19,7 +19,6 @@ import struct
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import NamedTuple
 
 from podwire.errors import KernelError
@@ -30,7 +29,6 @@ NETFILTER = 12
 
 NLM_F_REQUEST = 0x1
 NLM_F_ACK = 0x4
-NLM_F_ECHO = 0x8
 NLM_F_DUMP_INTR = 0x10
 NLM_F_DUMP = 0x300
 NLM_F_REPLACE = 0x100
@@ -45,6 +43,7 @@ _NLMSG_DONE = 3
 _NLMSGERR_ATTR_MSG = 1
 
 _SOL_NETLINK = 270
+_NETLINK_ADD_MEMBERSHIP = 1
 _NETLINK_CAP_ACK = 10
 _NETLINK_EXT_ACK = 11
 _NETLINK_GET_STRICT_CHK = 12
@@ -55,6 +54,7 @@ _NLA_F_NESTED = 0x8000
 _NLA_TYPE = 0x3FFF
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port id
+_HEADER_BYTES = 16
 _ATTR = struct.Struct("=HH")
 _U8 = struct.Struct("=HHB3x")
 _U16 = struct.Struct("=HHH2x")
@@ -127,6 +127,20 @@ def each_attribute(data: bytes, offset: int = 0) -> Iterator[tuple[int, bytes]]:
         offset += (length + 3) & ~3
 
 
+def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
+    """One message: header and body."""
+    return _HEADER.pack(_HEADER_BYTES + len(body), kind, flags, sequence, 0) + body
+
+
+def messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """The messages of a datagram as ``(type, flags, sequence, body)``."""
+    offset = 0
+    while offset + _HEADER_BYTES <= len(datagram):
+        length, kind, flags, sequence, _ = _HEADER.unpack_from(datagram, offset)
+        yield kind, flags, sequence, datagram[offset + _HEADER_BYTES : offset + length]
+        offset += (length + 3) & ~3
+
+
 def number(payload: bytes) -> int:
     """An unsigned integer of any width in host order."""
     return int.from_bytes(payload, sys.byteorder)
@@ -186,12 +200,7 @@ class NetlinkSocket:
     def __enter__(self) -> NetlinkSocket:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -244,8 +253,7 @@ class NetlinkSocket:
         out: list[bytes] = []
         for sequence, (kind, flags, body, _, _) in enumerate(requests, first):
             flags |= NLM_F_REQUEST if sequence != last else NLM_F_REQUEST | NLM_F_ACK
-            out.append(_HEADER.pack(16 + len(body), kind, flags, sequence, 0))
-            out.append(body)
+            out.append(message(kind, flags, sequence, body))
         self._send(b"".join(out))
         while True:
             for kind, flags, sequence, body in self._receive():
@@ -263,9 +271,7 @@ class NetlinkSocket:
     def _dump(self, request: Request) -> tuple[list[bytes], bool]:
         self._sequence += 1
         sequence = self._sequence
-        flags = request.flags | NLM_F_REQUEST
-        header = _HEADER.pack(16 + len(request.body), request.type, flags, sequence, 0)
-        self._send(header + request.body)
+        self._send(message(request.type, request.flags | NLM_F_REQUEST, sequence, request.body))
         bodies: list[bytes] = []
         interrupted = False
         while True:
@@ -277,29 +283,22 @@ class NetlinkSocket:
                     bodies.append(body)
                     continue
                 failure = _failure(request, kind, flags, body)
-                if failure:
+                if failure and failure.errno != errnos.EINTR:
                     raise failure.error()
-                return bodies, interrupted
+                return bodies, interrupted or failure is not None
 
     def _send(self, data: bytes) -> None:
         try:
             self._socket.send(data)
         except OSError as error:
-            raise _broken("write to", error) from None
+            raise broken("write to", error) from None
 
-    def _receive(self) -> list[tuple[int, int, int, bytes]]:
-        """One datagram as ``(type, flags, sequence, body)``."""
+    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         try:
-            data = self._socket.recv(_BATCH_BYTES)
+            datagram = self._socket.recv(_BATCH_BYTES)
         except OSError as error:
-            raise _broken("read from", error) from None
-        messages: list[tuple[int, int, int, bytes]] = []
-        offset = 0
-        while offset + 16 <= len(data):
-            length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
-            messages.append((kind, flags, sequence, data[offset + 16 : offset + length]))
-            offset += (length + 3) & ~3
-        return messages
+            raise broken("read from", error) from None
+        return messages(datagram)
 
 
 _OPTIONS = (
@@ -311,7 +310,34 @@ _OPTIONS = (
 )
 
 
-def _broken(verb: str, error: OSError) -> KernelError:
+def subscribe(
+    protocol: int, groups: Iterable[int], netns_fd: int | None, buffer_bytes: int
+) -> socket.socket:
+    """A socket that gets what is sent to these multicast groups; it does not block."""
+    subscribed = netns.socket(netns_fd, socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+    subscribed.setblocking(False)
+    subscribed.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer_bytes)
+    subscribed.bind((0, 0))
+    for group in groups:
+        subscribed.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+    return subscribed
+
+
+def drain(subscribed: socket.socket, most: int = sys.maxsize) -> Iterator[bytes]:
+    """The datagrams that are waiting, at most so many; an empty one where some were dropped."""
+    for _ in range(most):
+        try:
+            yield subscribed.recv(_BATCH_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errnos.ENOBUFS:
+                raise broken("read from", error) from None
+            yield b""
+
+
+def broken(verb: str, error: OSError) -> KernelError:
+    """What to raise when the socket itself fails."""
     errno = error.errno or 0
     return KernelError(f"cannot {verb} the netlink socket: {os.strerror(errno)}", errno=errno)
 

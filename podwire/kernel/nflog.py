@@ -10,7 +10,6 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from podwire.errors import KernelError
@@ -23,7 +22,7 @@ _CFG_COMMAND, _CFG_MODE, _CFG_TIMEOUT, _CFG_THRESHOLD = 1, 2, 4, 5
 _BIND = 1
 _COPY_PACKET = 2
 _INPUT_LINK, _OUTPUT_LINK, _PAYLOAD, _PREFIX = 4, 5, 9, 10
-_HEADER = struct.Struct("=IHHII")
+_NLMSG_ERROR = 2
 _RECEIVE_BYTES = 1 << 16
 _PORTS = (Protocol.TCP, Protocol.UDP, Protocol.SCTP)
 
@@ -75,41 +74,27 @@ class Listener:
     def _configure(self, group: int, *attributes: bytes) -> None:
         body = struct.pack(">BBH", 0, 0, group) + b"".join(attributes)
         flags = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
-        head = _HEADER.pack(16 + len(body), _SUBSYSTEM | _CONFIG, flags, 1, 0)
-        self._socket.send(head + body)
+        self._socket.send(netlink.message(_SUBSYSTEM | _CONFIG, flags, 1, body))
         while True:
-            data = self._socket.recv(_RECEIVE_BYTES)
-            if _HEADER.unpack_from(data)[1] == 2:  # NLMSG_ERROR: packets may come before it
-                (code,) = struct.unpack_from("=i", data, 16)
+            for kind, _, _, body in netlink.messages(self._socket.recv(_RECEIVE_BYTES)):
+                if kind != _NLMSG_ERROR:  # packets may come before it
+                    continue
+                (code,) = struct.unpack_from("=i", body)
                 if code:
-                    what = (
-                        "another process reads it" if -code == errno.EBUSY else os.strerror(-code)
-                    )
+                    busy = -code == errno.EBUSY
+                    what = "another process reads it" if busy else os.strerror(-code)
                     raise KernelError(f"cannot read log group {group}: {what}", errno=-code)
                 return
 
     def drain(self) -> list[Logged]:
         """What has been logged since; an overrun of the socket loses some, and is no error."""
-        out: list[Logged] = []
-        while True:
-            try:
-                data = self._socket.recv(_RECEIVE_BYTES)
-            except BlockingIOError:
-                return out
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    continue
-                raise
-            out += filter(None, map(_parse, _messages(data)))
-
-
-def _messages(data: bytes) -> Iterator[bytes]:
-    offset = 0
-    while offset + 16 <= len(data):
-        length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
-        if kind == _SUBSYSTEM | _PACKET:
-            yield data[offset + 20 : offset + length]
-        offset += (length + 3) & ~3
+        packets = (
+            _parse(body[4:])
+            for datagram in netlink.drain(self._socket)
+            for kind, _, _, body in netlink.messages(datagram)
+            if kind == _SUBSYSTEM | _PACKET
+        )
+        return [packet for packet in packets if packet is not None]
 
 
 def _parse(body: bytes) -> Logged | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from podwire.kernel.link import End, Link, add
 from podwire.kernel.netlink import Request, attr, attributes, number, u8, u32
 
-_ID, _LINK, _LOCAL, _TTL, _LEARNING, _PORT, _LOCAL6 = 1, 3, 4, 5, 7, 15, 17
+_ID, _LINK, _LOCAL, _LEARNING, _PORT, _LOCAL6 = 1, 3, 4, 7, 15, 17
 _COLLECT_METADATA = 25
 _BE16 = struct.Struct(">H")
 

@@ -5,24 +5,14 @@ The kernel builds events only for entries made while somebody listens (nf_conntr
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import select
-import socket
-import struct
-from collections.abc import Iterator
 from enum import Enum
-from types import TracebackType
 from typing import NamedTuple
 
-from podwire.kernel import netlink, netns
+from podwire.kernel import netlink
 from podwire.kernel.ctnetlink.entries import Entry, Message, parse
 
-_ADD_MEMBERSHIP = 1
-_SOL_NETLINK = 270
-_SO_RCVBUFFORCE = 33
 _BUFFER_BYTES = 32 << 20
-_HEADER = struct.Struct("=IHHII")
 
 
 class EventKind(Enum):
@@ -60,22 +50,13 @@ class Events:
         netns_fd: int | None = None,
         buffer_bytes: int = _BUFFER_BYTES,
     ) -> None:
-        self._socket = netns.socket(netns_fd, socket.AF_NETLINK, socket.SOCK_RAW, netlink.NETFILTER)
-        self._socket.setblocking(False)
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer_bytes)
-        self._socket.bind((0, 0))
-        for kind in kinds:
-            self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUPS[kind])
+        groups = [_GROUPS[kind] for kind in kinds]
+        self._socket = netlink.subscribe(netlink.NETFILTER, groups, netns_fd, buffer_bytes)
 
     def __enter__(self) -> Events:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def fileno(self) -> int:
@@ -91,29 +72,15 @@ class Events:
     def drain(self, most: int = 4096) -> list[Event]:
         """What is waiting, at most so many datagrams; `LOST` among them where some were dropped."""
         out: list[Event] = []
-        receive = self._socket.recv
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(most):
-                try:
-                    data = receive(8192)
-                except OSError as error:
-                    if error.errno != errno.ENOBUFS:
-                        raise
-                    out.append(LOST)
-                    continue
-                out.extend(_events(data))
+        for datagram in netlink.drain(self._socket, most):
+            for message, flags, _, body in netlink.messages(datagram):
+                out.append(Event(_kind(message, flags), body))
+            if not datagram:
+                out.append(LOST)
         return out
 
 
-def _events(data: bytes) -> Iterator[Event]:
-    offset = 0
-    while offset + 16 <= len(data):
-        length, message, flags, _, _ = _HEADER.unpack_from(data, offset)
-        if message == Message.DELETE:
-            kind = EventKind.DESTROY
-        elif flags & netlink.NLM_F_CREATE:
-            kind = EventKind.NEW
-        else:
-            kind = EventKind.UPDATE
-        yield Event(kind, data[offset + 16 : offset + length])
-        offset += (length + 3) & ~3
+def _kind(message: int, flags: int) -> EventKind:
+    if message == Message.DELETE:
+        return EventKind.DESTROY
+    return EventKind.NEW if flags & netlink.NLM_F_CREATE else EventKind.UPDATE

@@ -8,7 +8,6 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from podwire.errors import KernelError
@@ -26,7 +25,6 @@ from podwire.kernel.ctnetlink.entries import (
 )
 from podwire.kernel.ctnetlink.filters import EVERYTHING, Filter
 
-_HEADER = struct.Struct("=IHHII")
 _DONE, _ERROR = 3, 2
 _RECEIVE_BYTES = 65536  # the kernel fills at most 32 kB of it
 _PROC_STAT = Path("/proc/net/stat/nf_conntrack")
@@ -60,12 +58,7 @@ class Table:
     def __enter__(self) -> Table:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -149,12 +142,12 @@ class Table:
 
     def _dump(self, body: bytes) -> Iterator[bytes]:
         sequence = 1
-        header = _HEADER.pack(16 + len(body), Message.GET, 0x301, sequence, 0)
+        flags = netlink.NLM_F_REQUEST | netlink.NLM_F_DUMP
         done = struct.pack("=IHHI", 20, _DONE, 2, sequence)
         with netns.socket(
             self._netns, socket.AF_NETLINK, socket.SOCK_RAW, netlink.NETFILTER
         ) as sock:
-            sock.send(header + body)
+            sock.send(netlink.message(Message.GET, flags, sequence, body))
             while True:
                 datagram = sock.recv(_RECEIVE_BYTES)
                 kind = datagram[4] | datagram[5] << 8 if len(datagram) >= 16 else _DONE
@@ -209,13 +202,10 @@ class Table:
 
 def entries_of(datagram: bytes) -> Iterator[Entry]:
     """The entries in a piece of a dump."""
-    offset, end = 0, len(datagram)
-    while offset < end:
-        length = int.from_bytes(datagram[offset : offset + 4], "little")
-        entry = parse(datagram[offset + 16 : offset + length])
+    for _, _, _, body in netlink.messages(datagram):
+        entry = parse(body)
         if entry is not None:
             yield entry
-        offset += (length + 3) & ~3
 
 
 def sum_proc_statistics(text: str) -> dict[str, int]:
