@@ -15,7 +15,6 @@ from podwire.datapath import Requirement
 from podwire.datapath.nftables import policy_rules as rules
 from podwire.datapath.nftables.fixed import FixedTable
 from podwire.errors import KernelError
-from podwire.kernel import nftrules
 from podwire.kernel.nftables import (
     BRIDGE,
     INET,
@@ -189,7 +188,7 @@ class PolicyPart:
         except KernelError:  # another version's sets: nothing of them can be kept
             self._nft.run(f"delete table inet {rules.TABLE}\n{rules.STRUCTURE}")
         if not self._intact():
-            nftrules.replace_rules(self._nft, INET, rules.TABLE, rules.judging_chains())
+            self._nft.replace_rules(INET, rules.TABLE, rules.judging_chains())
             self._nft.run(rules.BASE)
             self._made = self._nft.rules(INET, rules.TABLE)
         if self._bridge:

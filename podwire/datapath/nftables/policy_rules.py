@@ -29,8 +29,7 @@ fields one by one, but sews those of one field together, so that none could chan
 
 from __future__ import annotations
 
-from podwire.kernel import nftrules
-from podwire.kernel.nftables import BRIDGE, INET, Set, goto, jump
+from podwire.kernel.nftables import BRIDGE, INET, Set, expressions, goto, jump
 
 TABLE = "podwire-policy"
 LOG_GROUP = 4647
@@ -153,40 +152,40 @@ def judging_chains() -> dict[str, list[list[bytes]]]:
     """The chains that nft's grammar cannot say."""
     chains: dict[str, list[list[bytes]]] = {"from-pod": [], "to-pod": []}
     for bits, digit in ((32, "4"), (128, "6")):
-        source, destination = nftrules.source_address, nftrules.destination_address
+        source, destination = expressions.source_address, expressions.destination_address
         for direction, own, other in (
             ("egress", source, destination),
             ("ingress", destination, source),
         ):
             name = f"{direction}{digit}"
             entry = "from-pod" if direction == "egress" else "to-pod"
-            subject = own(bits, _ADDRESS) + nftrules.lookup(name, _ADDRESS, _FOUND_RULES)
+            subject = own(bits, _ADDRESS) + expressions.lookup(name, _ADDRESS, _FOUND_RULES)
             chains[entry].append(
                 [
-                    nftrules.only_family(bits),
+                    expressions.only_family(bits),
                     subject,
-                    nftrules.through_mark((_FOUND_RULES, _RULES), spare=_SPARE),
-                    nftrules.verdict(jump(name)),
+                    expressions.through_mark((_FOUND_RULES, _RULES), spare=_SPARE),
+                    expressions.verdict(jump(name)),
                 ]
             )
             judged: list[list[bytes]] = []
             peer = other(bits, _ADDRESS)
-            block = nftrules.constant(bytes(4), _ADDRESS - 1)
+            block = expressions.constant(bytes(4), _ADDRESS - 1)
             for identities in (
-                nftrules.lookup(f"peers{digit}", _ADDRESS, _FOUND_IDENTITY),
-                block + nftrules.lookup(f"blocks{digit}", _ADDRESS - 1, _FOUND_IDENTITY),
+                expressions.lookup(f"peers{digit}", _ADDRESS, _FOUND_IDENTITY),
+                block + expressions.lookup(f"blocks{digit}", _ADDRESS - 1, _FOUND_IDENTITY),
             ):
-                head = nftrules.only_family(bits) + subject + peer + identities
+                head = expressions.only_family(bits) + subject + peer + identities
                 both = ((_FOUND_RULES, _RULES), (_FOUND_IDENTITY, _IDENTITY))
-                head += nftrules.through_mark(*both, spare=_SPARE)
+                head += expressions.through_mark(*both, spare=_SPARE)
                 case = head + _FIND_CASE
                 judged += [[case, *steps] for steps in _LOOKUPS]
-                judged.append([head, nftrules.verdict(goto(f"{name}-default"))])
-            judged.append([nftrules.verdict(goto(f"{name}-default"))])
+                judged.append([head, expressions.verdict(goto(f"{name}-default"))])
+            judged.append([expressions.verdict(goto(f"{name}-default"))])
             chains[name] = judged
-            head = nftrules.only_family(bits) + subject
-            head += nftrules.through_mark((_FOUND_RULES, _RULES), spare=_SPARE)
-            head += nftrules.constant(bytes(4), _IDENTITY) + _FIND_CASE
+            head = expressions.only_family(bits) + subject
+            head += expressions.through_mark((_FOUND_RULES, _RULES), spare=_SPARE)
+            head += expressions.constant(bytes(4), _IDENTITY) + _FIND_CASE
             chains[f"{name}-default"] = [[head, *steps] for steps in _LOOKUPS]
     return chains
 
@@ -195,21 +194,21 @@ def judging_chains() -> dict[str, list[list[bytes]]]:
 _RULES, _IDENTITY, _CASE, _PROTOCOL, _PORT, _CODE = 0, 1, 2, 3, 4, 5
 _FOUND, _FOUND_RULES, _FOUND_IDENTITY, _SPARE, _ADDRESS = 6, 7, 8, 9, 11
 
-_FIND_CASE = nftrules.lookup("cases", _RULES, _FOUND) + nftrules.through_mark(
+_FIND_CASE = expressions.lookup("cases", _RULES, _FOUND) + expressions.through_mark(
     (_FOUND, _CASE), spare=_SPARE
 )
 
 
 def _decide(name: str) -> bytes:
     return (
-        nftrules.lookup(name, _CASE, _FOUND)
-        + nftrules.through_mark((_FOUND, _CODE), spare=_SPARE)
-        + nftrules.lookup("verdicts", _CODE)
+        expressions.lookup(name, _CASE, _FOUND)
+        + expressions.through_mark((_FOUND, _CODE), spare=_SPARE)
+        + expressions.lookup("verdicts", _CODE)
     )
 
 
-_WITH_PROTOCOL = nftrules.transport_protocol(_PROTOCOL)
-_WITH_PORT = _WITH_PROTOCOL + nftrules.destination_port(_PORT)
+_WITH_PROTOCOL = expressions.transport_protocol(_PROTOCOL)
+_WITH_PORT = _WITH_PROTOCOL + expressions.destination_port(_PORT)
 _LOOKUPS = (
     [_WITH_PORT, _decide("exact")],
     [_WITH_PORT, _decide("ranges")],

@@ -1,4 +1,4 @@
-"""Rules of nf_tables by our own messages, for what nft's grammar cannot say.
+"""Expressions of rules, and the messages that make rules of them: for what nft cannot say.
 
 nft's grammar has no way to look up two values and use both in one key, though the kernel's
 registers make it plain. An expression here is one step of a rule: load into a register, look up,
@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from podwire.kernel import netlink
-from podwire.kernel.nftables import NfTables, Verdict
+from podwire.kernel.nftables.batch import nfgenmsg
+from podwire.kernel.nftables.transaction import Verdict
 
 _FIRST_REGISTER = 8  # NFT_REG32_00; four of them make up one of the old 128-bit registers
 _VERDICT_REGISTER = 0
@@ -118,18 +120,25 @@ def verdict(value: Verdict) -> bytes:
     )
 
 
-def replace_rules(
-    nft: NfTables, family: int, table: str, chains: Mapping[str, Sequence[Sequence[bytes]]]
-) -> None:
-    """Give the chains, which must be there, exactly these rules, in one transaction.
+class RuleMessage(NamedTuple):
+    """One message of a batch: `podwire.kernel.nftables.batch.Message`."""
 
-    A rule is its expressions in order. Raises KernelError.
-    """
-    messages: list[tuple[int, int, bytes]] = []
+    kind: int
+    flags: int
+    body: bytes
+
+
+def rule_messages(
+    family: int, table: str, chains: Mapping[str, Sequence[Sequence[bytes]]]
+) -> list[RuleMessage]:
+    """What empties the chains and fills them with these rules, each its expressions in order."""
+    messages: list[RuleMessage] = []
     for chain, rules in chains.items():
-        where = netlink.text(_RULE_TABLE, table) + netlink.text(_RULE_CHAIN, chain)
-        messages.append((_DELRULE, 0, where))
+        where = nfgenmsg(family)
+        where += netlink.text(_RULE_TABLE, table) + netlink.text(_RULE_CHAIN, chain)
+        messages.append(RuleMessage(_DELRULE, 0, where))
         for rule in rules:
             body = where + netlink.nest(_RULE_EXPRESSIONS, *rule)
-            messages.append((_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, body))
-    nft.send(family, messages, f"make the rules of {table}")
+            flags = netlink.NLM_F_CREATE | netlink.NLM_F_APPEND
+            messages.append(RuleMessage(_NEWRULE, flags, body))
+    return messages
