@@ -4,7 +4,7 @@ A `Route` is a value that compares equal to what the kernel reports after `add`,
 between what should be and what is, is a difference of sets. `direct` and `via` fill in what the
 kernel would: scope link for IPv4 without a gateway, metric 1024 for IPv6.
 
-Source: rtnetlink(7); include/uapi/linux/rtnetlink.h.
+Source: rtnetlink(7); include/uapi/linux/{rtnetlink,lwtunnel}.h; ip-route(8) for `encap ip`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from podwire.errors import KernelError
@@ -25,6 +26,7 @@ from podwire.kernel.netlink import (
     attributes,
     nest,
     number,
+    u16,
     u32,
 )
 from podwire.net import Address, Prefix, format_address
@@ -35,8 +37,14 @@ _RTMSG = struct.Struct("=BBBBBBBBI")
 _NEXTHOP = struct.Struct("=HBBi")  # rtnexthop: length, flags, hops, link index
 _DST, _SRC, _IIF, _OIF, _GATEWAY, _PRIORITY, _PREFSRC = 1, 2, 3, 4, 5, 6, 7
 _METRICS, _MULTIPATH, _TABLE, _MARK, _VIA = 8, 9, 15, 16, 18
+_ENCAP_TYPE, _ENCAP = 21, 22
 _METRIC_MTU, _METRIC_ADVMSS = 2, 8
 _ONLINK = 4
+# Lightweight tunnels: the attributes of `encap ip` and `encap ip6` have the same numbers.
+_ENCAP_KINDS = {4: 2, 16: 4}  # LWTUNNEL_ENCAP_IP, LWTUNNEL_ENCAP_IP6, by the underlay's family
+_TUNNEL_ID, _TUNNEL_DST, _TUNNEL_SRC, _TUNNEL_FLAGS = 1, 2, 3, 6
+_TUNNEL_CHECKSUM = 1  # TUNNEL_CSUM, in network order
+_BE16, _BE64 = struct.Struct(">H"), struct.Struct(">Q")
 
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_HOST = 0, 253, 254
@@ -54,6 +62,19 @@ class NextHop(NamedTuple):
     gateway: Address
     link: int
     weight: int
+
+
+class Encapsulation(NamedTuple):
+    """The tunnel key of a route on a collect-metadata device: packets travel to `remote` as `id`.
+
+    `local` b"": the underlay's routes choose the source. `checksum`: the outer UDP header has one,
+    which receivers of IPv6 demand.
+    """
+
+    id: int
+    remote: Address
+    local: Address = b""
+    checksum: bool = False
 
 
 class Route(NamedTuple):
@@ -76,11 +97,14 @@ class Route(NamedTuple):
     mtu: int = 0
     advmss: int = 0
     nexthops: tuple[NextHop, ...] = ()
+    tunnel: Encapsulation | None = None
 
     def __str__(self) -> str:
         text = f"{self.prefix} table {self.table}"
         if self.gateway:
             text += f" via {format_address(self.gateway)}"
+        if self.tunnel:
+            text += f" through a tunnel to {format_address(self.tunnel.remote)}"
         return f"{text} on link {self.link}" if self.link else text
 
 
@@ -120,6 +144,7 @@ def via(
     source: Address = b"",
     mtu: int = 0,
     advmss: int = 0,
+    tunnel: Encapsulation | None = None,
 ) -> Route:
     """A route through a gateway; `onlink`: the gateway is on the link although no route says so."""
     return Route(
@@ -133,6 +158,7 @@ def via(
         onlink=onlink,
         mtu=mtu,
         advmss=advmss,
+        tunnel=tunnel,
     )
 
 
@@ -213,7 +239,32 @@ def parse(body: bytes) -> Route:
         mtu,
         advmss,
         nexthops,
+        _parse_tunnel(found),
     )
+
+
+def _parse_tunnel(found: Mapping[int, bytes]) -> Encapsulation | None:
+    if number(found.get(_ENCAP_TYPE, b"")) not in _ENCAP_KINDS.values():
+        return None
+    get = attributes(found[_ENCAP]).get
+    local = get(_TUNNEL_SRC, b"")
+    flags = int.from_bytes(get(_TUNNEL_FLAGS, b""), "big")
+    return Encapsulation(
+        int.from_bytes(get(_TUNNEL_ID, b""), "big"),
+        get(_TUNNEL_DST, b""),
+        local if any(local) else b"",
+        bool(flags & _TUNNEL_CHECKSUM),
+    )
+
+
+def _encode_tunnel(tunnel: Encapsulation) -> bytes:
+    parts = [attr(_TUNNEL_ID, _BE64.pack(tunnel.id)), attr(_TUNNEL_DST, tunnel.remote)]
+    if tunnel.local:
+        parts.append(attr(_TUNNEL_SRC, tunnel.local))
+    if tunnel.checksum:
+        parts.append(attr(_TUNNEL_FLAGS, _BE16.pack(_TUNNEL_CHECKSUM)))
+    kind = u16(_ENCAP_TYPE, _ENCAP_KINDS[len(tunnel.remote)])
+    return kind + nest(_ENCAP, *parts)
 
 
 def _parse_nexthops(data: bytes) -> list[NextHop]:
@@ -262,6 +313,8 @@ def _encode(route: Route) -> bytes:
         parts.append(u32(_PRIORITY, route.metric))
     if route.source:
         parts.append(attr(_PREFSRC, route.source))
+    if route.tunnel:
+        parts.append(_encode_tunnel(route.tunnel))
     if route.mtu or route.advmss:
         pairs = ((_METRIC_MTU, route.mtu), (_METRIC_ADVMSS, route.advmss))
         parts.append(nest(_METRICS, *(u32(kind, value) for kind, value in pairs if value)))

@@ -97,7 +97,7 @@ class RouteCompiler:
             fdb.add(Tunnel(mac, remote))
             for prefix in prefixes:
                 gateway = _tunnel_address(prefixes, len(prefix.address))
-                routes.add(NodeRoute(prefix, gateway))
+                routes.add(NodeRoute(prefix, gateway, remote))
                 neighbours.add(Neighbour(gateway, mac))
         own_prefixes = [prefix for prefix in own.prefixes if owners[prefix] == self._node]
         vxlan = self._routing == "vxlan" and bool(underlay)

@@ -12,15 +12,23 @@ from podwire.net import Address, Prefix
 
 Routing: TypeAlias = Literal["direct", "vxlan"]
 
-# Outer Ethernet, IP, UDP and VXLAN headers (RFC 7348, section 5).
-VXLAN_OVERHEAD = {4: 50, 16: 70}
+OVERLAY_DEVICE = "podwire.vxlan"
+OVERLAY_ID = 4096
+"""The VNI of packets that say nothing about who sent them (flannel's and Cilium's are 1 and 2)."""
+
+# Outer IP; then UDP and VXLAN headers and the inner Ethernet's (RFC 7348, section 5).
+_OVERHEAD = {4: 20 + 8 + 8 + 14, 16: 40 + 8 + 8 + 14}
 
 
 class NodeRoute(NamedTuple):
-    """The pods in `prefix` are behind `gateway`: another node's address, or its tunnel address."""
+    """The pods in `prefix` are behind `gateway`: another node's address, or its tunnel address.
+
+    On the overlay, `remote` is the underlay's address of that node.
+    """
 
     prefix: Prefix
     gateway: Address
+    remote: Address = b""
 
 
 class Neighbour(NamedTuple):
@@ -31,7 +39,7 @@ class Neighbour(NamedTuple):
 
 
 class Tunnel(NamedTuple):
-    """Frames to `mac` travel to the node `remote`."""
+    """The VXLAN device with this MAC is the one of the node `remote`."""
 
     mac: bytes
     remote: Address
@@ -76,7 +84,7 @@ class RouteTable:
     @property
     def overhead(self) -> int:
         """Bytes that the way to other nodes takes from the underlay's MTU."""
-        return VXLAN_OVERHEAD.get(len(self.underlay), 0) if self.routing == "vxlan" else 0
+        return _OVERHEAD.get(len(self.underlay), 0) if self.routing == "vxlan" else 0
 
     def way(self, source: Address, destination: Address) -> Way:
         """What this node does with a packet from `source` to `destination` (after DNAT)."""

@@ -6,15 +6,18 @@ others made is never touched: a route of theirs in the way is a problem to be na
 Every change reconciles with what the kernel holds, and `concerns` tells from a notification
 whether somebody interfered, so nothing is listed while all is quiet.
 
-The VXLAN device: VNI 4096 (flannel's and Cilium's are 1 and 2, so that all three can meet on one
-node) on UDP port 8472, which the firewalls of most clusters let through for those two. It learns
-nothing, and has no link-local address: all its entries are permanent and ours.
+The VXLAN device is one for all nodes and all VNIs (collect metadata): where a packet goes is said
+by the route's encapsulation, or by eBPF, which puts the sender's identity in the VNI. So nodes on
+different data paths understand each other. It uses UDP port 8472, which the firewalls of most
+clusters let through for flannel and Cilium, learns nothing and has no link-local address: all its
+entries are permanent and ours. On such a device the forwarding entries move no packet: they tell
+people and tools that ask `bridge fdb` which node a MAC is.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from podwire.kernel import address, link, neighbour, route, vxlan
 from podwire.kernel.address import InterfaceAddress
@@ -22,13 +25,13 @@ from podwire.kernel.link import End, Link
 from podwire.kernel.monitor import LOST, Event
 from podwire.kernel.neighbour import Forward, Neighbour
 from podwire.kernel.netlink import NetlinkSocket, Request
+from podwire.kernel.route import Encapsulation, Route
 from podwire.kernel.vxlan import Vxlan
-from podwire.net import format_address
-from podwire.nodes import RouteTable
+from podwire.net import Address, format_address
+from podwire.nodes import OVERLAY_DEVICE as DEVICE
+from podwire.nodes import OVERLAY_ID, NodeRoute, RouteTable
 
 ROUTE_PROTOCOL = 80
-DEVICE = "podwire.vxlan"
-VNI = 4096
 PORT = 8472
 
 _DEFAULT_MTU = 1500
@@ -40,12 +43,19 @@ _HINTS = {
 
 
 class NodeRoutes:
-    """Applies RouteTables in one network namespace. Implements `datapath.Part[RouteTable]`."""
+    """Applies RouteTables in one network namespace. Implements `datapath.Part[RouteTable]`.
+
+    `guard` is called between the making of the device and its going up: no packet comes in by it
+    before whoever judges them is there.
+    """
 
     requirements = ()
 
-    def __init__(self, netns_fd: int | None = None) -> None:
+    def __init__(
+        self, netns_fd: int | None = None, *, guard: Callable[[], object] = lambda: None
+    ) -> None:
         self._sock = NetlinkSocket(netns_fd=netns_fd)
+        self._guard = guard
         self._table: RouteTable | None = None
         self._problems: dict[str, str] = {}
         self._underlay: Link | None = None
@@ -134,7 +144,7 @@ class NodeRoutes:
         return None
 
     def _ensure_device(self, table: RouteTable, underlay_mtu: int, repairs: list[str]) -> int:
-        wanted = Vxlan(VNI, PORT, local=table.underlay)
+        wanted = Vxlan(0, PORT, collect_metadata=True)
         mtu = underlay_mtu - table.overhead
         found = link.find(self._sock, DEVICE)
         if found and (found.kind != "vxlan" or vxlan.read(found) != wanted):
@@ -145,9 +155,10 @@ class NodeRoutes:
             requests = [
                 vxlan.add_vxlan(End(DEVICE, mac=table.tunnel_mac, mtu=mtu), wanted),
                 no_link_local.tolerating(errno.EAFNOSUPPORT),
-                link.change(DEVICE, up=True),
             ]
             self._do(requests, repairs)
+            self._guard()
+            self._do([link.change(DEVICE, up=True)], repairs)
             found = link.find(self._sock, DEVICE)
         elif (found.mac, found.mtu, found.up) != (table.tunnel_mac, mtu, True):
             self._do([link.change(DEVICE, mac=table.tunnel_mac, mtu=mtu, up=True)], repairs)
@@ -184,10 +195,7 @@ class NodeRoutes:
         overlay = table.routing == "vxlan"
         if overlay and not self._device:
             return
-        wanted = {
-            route.via(prefix, gateway, self._device, onlink=overlay, protocol=ROUTE_PROTOCOL)
-            for prefix, gateway in table.routes
-        }
+        wanted = {self._route(each, table.underlay) for each in table.routes}
         ours = route.dump(self._sock, table=route.TABLE_MAIN, protocol=ROUTE_PROTOCOL)
         # With direct routing the kernel chooses the link.
         have = {each if overlay else each._replace(link=0): each for each in ours}
@@ -203,6 +211,19 @@ class NodeRoutes:
             if each not in wanted and (each.prefix, each.metric) not in kept
         ]
         self._do(requests, repairs)
+
+    def _route(self, to: NodeRoute, underlay: Address) -> Route:
+        if not to.remote:
+            return route.via(to.prefix, to.gateway, 0, protocol=ROUTE_PROTOCOL)
+        tunnel = Encapsulation(OVERLAY_ID, to.remote, underlay, checksum=len(underlay) == 16)
+        return route.via(
+            to.prefix,
+            to.gateway,
+            self._device,
+            onlink=True,
+            protocol=ROUTE_PROTOCOL,
+            tunnel=tunnel,
+        )
 
     def _do(self, requests: Iterable[Request], repairs: list[str]) -> None:
         """Send; what went well is a repair, what was refused a problem."""

@@ -23,7 +23,7 @@ class Live:
 
     def ask(self, *command: str) -> list[dict[str, Any]]:
         text = self.text(*command).strip()
-        return json.loads(text) if text else []
+        return json.loads(text, object_pairs_hook=_first) if text else []
 
     def link(self, name: str) -> dict[str, Any] | None:
         return next((each for each in self.links if each.get("ifname") == name), None)
@@ -92,6 +92,14 @@ def normal(text: Any) -> Any:
         return str(ipaddress.ip_interface(text)) if "/" in text else str(ipaddress.ip_address(text))
     except ValueError:
         return text.lower() if text.count(":") == 5 else text
+
+
+def _first(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`ip` says `dst` twice of a route into a tunnel: the route's, then that of the tunnel."""
+    named: dict[str, Any] = {}
+    for key, value in pairs:
+        named.setdefault(key, value)
+    return named
 
 
 def _named(route: dict[str, Any]) -> dict[str, Any]:

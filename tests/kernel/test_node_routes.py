@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from podwire.kernel import address, link, neighbour, route
+from podwire.kernel import address, link, neighbour, route, vxlan
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.link import End
 from podwire.kernel.monitor import Group, Monitor
@@ -44,8 +44,11 @@ class Member:
 class Cluster:
     """Three nodes on one underlay, dual stack."""
 
-    def __init__(self, routing: Routing, make_netns: Callable[[], int]) -> None:
+    def __init__(
+        self, routing: Routing, make_netns: Callable[[], int], families: tuple[int, ...] = (4, 6)
+    ) -> None:
         self.routing = routing
+        self.families = families
         self.store = Store()
         switch = make_netns()
         self.members: list[Member] = []
@@ -82,7 +85,8 @@ class Cluster:
 
     def put(self, *numbers: int, host: str = "") -> None:
         for n in numbers:
-            addresses = (f"192.168.7.{host or n}", f"fd07::{host or n}")
+            by_family = {4: f"192.168.7.{host or n}", 6: f"fd07::{host or n}"}
+            addresses = [by_family[family] for family in self.families]
             self.store.put(
                 Node(
                     metadata=Metadata(name=f"n{n}"),
@@ -223,6 +227,51 @@ def test_switching_to_direct_takes_the_device_away(cluster: Cluster) -> None:
     one.routes.apply(compiler.update(store.take()))
     assert link.find(one.sock, DEVICE) is None
     assert len(route.dump(one.sock, protocol=80)) == 4
+
+
+def test_an_ipv6_underlay_carries_both_families(make_netns: Callable[[], int]) -> None:
+    cluster = Cluster("vxlan", make_netns, families=(6,))
+    cluster.put(1, 2)
+    cluster.apply()
+    one, two, _ = cluster.members
+    for family in (4, 6):
+        assert exchange(one, two, family, size=UNDERLAY_MTU - 70 - 48) == one.pod(family)
+    assert one.routes.verify() == []
+    cluster.close()
+
+
+def test_the_device_is_guarded_before_it_goes_up(make_netns: Callable[[], int]) -> None:
+    cluster = Cluster("vxlan", make_netns)
+    one = cluster.members[0]
+    seen: list[bool] = []
+    guarded = NodeRoutes(one.fd, guard=lambda: seen.append(present(one.sock, DEVICE).up))
+    cluster.put(1, 2, 3)
+    guarded.apply(one.compiler.update(cluster.store.take()))
+    assert (seen, present(one.sock, DEVICE).up) == ([False], True)
+    guarded.close()
+    cluster.close()
+
+
+def test_a_device_of_another_kind_is_replaced(make_netns: Callable[[], int]) -> None:
+    """As podwire made it before: for one VNI, by forwarding entries alone."""
+    cluster = Cluster("vxlan", make_netns)
+    one, two, _ = cluster.members
+    old = vxlan.Vxlan(4096, 8472, local=A("192.168.7.1"))
+    one.sock.run(vxlan.add_vxlan(End(DEVICE), old, up=True))
+    to_two = route.via(
+        P("10.244.2.0/24"),
+        A("10.244.2.0"),
+        present(one.sock, DEVICE).index,
+        onlink=True,
+        protocol=80,
+    )
+    one.sock.run(route.add(to_two))
+    cluster.put(1, 2, 3)
+    cluster.apply()
+    assert vxlan.read(present(one.sock, DEVICE)).collect_metadata
+    assert exchange(one, two, 4) == one.pod(4)
+    assert one.routes.status()["problems"] == {}
+    cluster.close()
 
 
 def test_neighbours_are_permanent(make_netns: Callable[[], int]) -> None:

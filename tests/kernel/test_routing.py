@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from functools import partial
 
 import pytest
 from pyroute2 import NetNS
@@ -102,6 +103,27 @@ def test_resolve_and_multipath(sock: NetlinkSocket, netns_fd: int, eth0: int) ->
     with pytest.raises(KernelError, match=r"find the route to 192\.0\.2\.9") as caught:
         sock.run(route.resolve(A("192.0.2.9")))
     assert caught.value.errno == errno.ENETUNREACH
+
+
+def test_routes_into_tunnels(sock: NetlinkSocket) -> None:
+    metadata = vxlan.Vxlan(0, 8472, collect_metadata=True)
+    sock.run(vxlan.add_vxlan(End("vx0"), metadata, up=True))
+    to = partial(route.via, link=present(sock, "vx0").index, onlink=True, protocol=80)
+    v4 = route.Encapsulation(4096, A("192.0.2.2"))
+    v6 = route.Encapsulation(0xABCDEF, A("2001:db8::2"), A("2001:db8::1"), checksum=True)
+    wanted = {
+        to(P("10.7.1.0/24"), A("10.7.1.0"), tunnel=v4),
+        to(P("10.7.2.0/24"), A("10.7.2.0"), tunnel=v6),
+        to(P("fd07:1::/64"), A("fd07:1::"), tunnel=v4),
+        to(P("fd07:2::/64"), A("fd07:2::"), tunnel=v6),
+    }
+    sock.run(*map(route.add, wanted))
+    assert set(route.dump(sock, protocol=80)) == wanted
+    moved = {each._replace(tunnel=v4._replace(remote=A("192.0.2.3"))) for each in wanted}
+    sock.run(*(route.add(each, replace=True) for each in moved))
+    assert set(route.dump(sock, protocol=80)) == moved
+    sock.run(*map(route.delete, moved))
+    assert route.dump(sock, protocol=80) == []
 
 
 def test_rules(sock: NetlinkSocket) -> None:

@@ -65,8 +65,8 @@ def test_vxlan_entries_follow_from_the_node_alone() -> None:
     mac = tunnel_mac("n2")
     assert mac[0] & 3 == 2  # locally administered, unicast
     assert table.routes == {
-        NodeRoute(P("10.244.1.0/24"), A("10.244.1.0")),
-        NodeRoute(P("fd10:0:0:1::/64"), A("fd10:0:0:1::")),
+        NodeRoute(P("10.244.1.0/24"), A("10.244.1.0"), A("192.168.0.2")),
+        NodeRoute(P("fd10:0:0:1::/64"), A("fd10:0:0:1::"), A("192.168.0.2")),
     }
     assert table.neighbours == {
         Neighbour(A("10.244.1.0"), mac),
