@@ -176,7 +176,7 @@ def in_cluster(account: Path = SERVICE_ACCOUNT) -> ClusterConfig:
     if not host:
         raise ConfigError("not in a cluster: KUBERNETES_SERVICE_HOST is not set")
     try:
-        tls = ssl.create_default_context(cafile=str(account / "ca.crt"))
+        tls = _trusting(cafile=str(account / "ca.crt"))
     except OSError as error:
         raise ConfigError(f"cannot read {account / 'ca.crt'}: {error}") from None
     server = f"https://[{host}]:{port or 443}" if ":" in host else f"https://{host}:{port or 443}"
@@ -239,7 +239,7 @@ class _Reader:
     def _tls(self, cluster: Json, user: Json) -> ssl.SSLContext:
         authority = self._bytes(cluster, "certificate-authority")
         try:
-            tls = ssl.create_default_context(cadata=authority.decode() if authority else None)
+            tls = _trusting(cadata=authority.decode() if authority else None)
             if cluster.get("insecure-skip-tls-verify"):
                 tls.check_hostname = False
                 tls.verify_mode = ssl.CERT_NONE
@@ -281,6 +281,15 @@ class _Reader:
             context=tls,
             cluster=shared or None,
         )
+
+
+def _trusting(cafile: str | None = None, cadata: str | None = None) -> ssl.SSLContext:
+    """A client's context that trusts one authority, or the system's."""
+    tls = ssl.create_default_context(cafile=cafile, cadata=cadata)
+    # On by default since Python 3.13, it refuses authorities without key identifiers, as some
+    # managed clusters have; Go's clients, kubectl among them, take those.
+    tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return tls
 
 
 def _load_pair(context: ssl.SSLContext, certificate: bytes, key: bytes) -> None:
