@@ -1,5 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* What user space hears of: counters of every outcome, and a ring buffer of refused packets. */
+/* What user space hears of: counters of every outcome, and a ring buffer of refused packets.
+ *
+ * Counters are exact. Events are a sample: so many of each reason in a second, that a flood costs the
+ * node no more than its drops; what is not told is counted, too.
+ */
 #pragma once
 
 #include "address.h"
@@ -40,16 +44,24 @@ struct {
 	__uint(max_entries, 1 << 18);
 } events SEC(".maps");
 
+#define EVENTS_PER_SECOND 100 /* of each reason, and object file */
+
 struct event {
 	__u64 time_ns; /* CLOCK_MONOTONIC */
 	__u32 reason;
 	__u32 interface; /* where the packet was seen */
-	__u32 rule; /* the policy that decided, or 0 */
-	__u32 peer_identity; /* as that policy sees the other end */
+	__u64 ruling; /* of policies (policy.h), or 0 */
+	__u32 peer_identity; /* as policies see the other end */
 	__u32 egress; /* whether the sender's side decided */
-	__u32 pad;
 	struct flow flow; /* after translation of the destination */
 };
+
+struct budget {
+	__u32 second;
+	__u32 used;
+};
+
+static struct budget budgets[REASON_MAX];
 
 static __always_inline void count(enum reason reason)
 {
@@ -60,11 +72,32 @@ static __always_inline void count(enum reason reason)
 		*counter += 1;
 }
 
+/* Whether this second has an event left for `reason`. CPUs that meet here may tell a few more. */
+static __always_inline bool may_tell(enum reason reason)
+{
+	__u32 now_s = now_seconds();
+	struct budget *budget;
+
+	if (reason >= REASON_MAX)
+		return false;
+	budget = &budgets[reason];
+	if (budget->second != now_s) {
+		budget->second = now_s;
+		budget->used = 0;
+	}
+	if (budget->used >= EVENTS_PER_SECOND)
+		return false;
+	budget->used++;
+	return true;
+}
+
 static __always_inline struct event *begin_event(enum reason reason, __u32 interface,
 						 const struct flow *flow)
 {
-	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
+	struct event *event = NULL;
 
+	if (may_tell(reason))
+		event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 	if (!event) {
 		count(REASON_EVENTS_LOST);
 		return NULL;
@@ -72,7 +105,7 @@ static __always_inline struct event *begin_event(enum reason reason, __u32 inter
 	event->time_ns = bpf_ktime_get_ns();
 	event->reason = reason;
 	event->interface = interface;
-	event->rule = event->peer_identity = event->egress = event->pad = 0;
+	event->ruling = event->peer_identity = event->egress = 0;
 	event->flow = *flow;
 	return event;
 }

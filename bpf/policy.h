@@ -27,9 +27,12 @@ struct rule_key {
 
 enum rule_verdict { RULE_ALLOW, RULE_DENY, RULE_AUDIT };
 
+/* `ruling` numbers the verdict, the direction and the policies whose doing it is: a hash of their
+ * names, so that it means the same to every process, whatever has happened in between. */
 struct rule {
+	__u64 ruling;
 	__u32 verdict;
-	__u32 policy; /* who decided; 0: a default */
+	__u32 pad;
 };
 
 /* The rule sets of a pod of this node, by its address; 0: none, everything passes. */
@@ -41,6 +44,15 @@ struct subject {
 GROWING_MAP(identities, 1, BPF_MAP_TYPE_LPM_TRIE, struct identity_key, __u32, BPF_F_NO_PREALLOC);
 GROWING_MAP(rules, 1, BPF_MAP_TYPE_LPM_TRIE, struct rule_key, struct rule, BPF_F_NO_PREALLOC);
 GROWING_MAP(subjects, 1, BPF_MAP_TYPE_HASH, struct address, struct subject, BPF_F_NO_PREALLOC);
+
+/* First packets of connections by ruling. User space makes the entries. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __u64);
+	__type(value, __u64);
+} rulings SEC(".maps");
 
 const volatile bool with_policy = false;
 
@@ -83,6 +95,14 @@ static __always_inline struct rule *find_rule(__u32 rule_set, __u32 identity, co
 	return bpf_map_lookup_elem(map, &key);
 }
 
+static __always_inline void count_ruling(__u64 ruling)
+{
+	__u64 *packets = bpf_map_lookup_elem(&rulings, &ruling);
+
+	if (packets)
+		*packets += 1;
+}
+
 /* Whether one direction lets the first packet of `flow` pass; what it refuses is reported. */
 static __always_inline bool is_allowed(__u32 interface, __u32 rule_set, const struct flow *flow,
 				       bool egress)
@@ -92,13 +112,15 @@ static __always_inline bool is_allowed(__u32 interface, __u32 rule_set, const st
 	enum reason reason;
 	struct event *event;
 
+	if (rule)
+		count_ruling(rule->ruling);
 	if (rule && rule->verdict == RULE_ALLOW)
 		return true;
 	reason = rule && rule->verdict == RULE_AUDIT ? REASON_POLICY_AUDIT : REASON_POLICY;
 	count(reason);
 	event = begin_event(reason, interface, flow);
 	if (event) {
-		event->rule = rule ? rule->policy : 0;
+		event->ruling = rule ? rule->ruling : 0;
 		event->egress = egress;
 		event->peer_identity = identity;
 		bpf_ringbuf_submit(event, 0);

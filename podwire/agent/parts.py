@@ -23,6 +23,7 @@ from podwire.agent.pods import Gate, Pods
 from podwire.agent.policies import KINDS as POLICY_KINDS
 from podwire.agent.policies import PolicyRoom
 from podwire.agent.reaping import ReapingPart
+from podwire.agent.refusals import Refusals
 from podwire.agent.sync import Sync
 from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
@@ -138,7 +139,8 @@ def build(options: Options, node: Node) -> Built:
         _add_nodes(built, options)
     if "services" in options.parts:
         _add_services(built, options, node, room)
-    policy = _add_policy(built, options) if "policy" in options.parts else None
+    refusals = _add_refusals(built)
+    policy = _add_policy(built, options, refusals) if "policy" in options.parts else None
     if "cni" in options.parts:
         _add_cni(built, options, node, policy)
     elif built.datapath.programs is None and _bridges():
@@ -227,10 +229,20 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
     built.serving.append(serve)
 
 
-def _add_policy(built: Built, options: Options) -> PolicyRoom:
+def _add_refusals(built: Built) -> Refusals | None:
+    programs = built.datapath.programs
+    if programs is None:
+        return None
+    refusals = Refusals(programs)
+    built.serving.append(refusals.serve)
+    built.tasks.append(refusals.run)
+    return refusals
+
+
+def _add_policy(built: Built, options: Options, refusals: Refusals | None) -> PolicyRoom:
     path = built.datapath.policy()
     built.requirements += path.requirements
-    room = PolicyRoom(options, path)
+    room = PolicyRoom(options, path, refusals)
     built.syncs.append(room.sync)
     built.serving.append(room.serve)
     built.tasks.append(room.run)

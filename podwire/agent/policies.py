@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
@@ -15,11 +14,15 @@ from prometheus_client.registry import Collector
 from podwire.agent import policy_api
 from podwire.agent.control import ControlServer, Query
 from podwire.agent.cutting import CuttingPart, open_and_denied
+from podwire.agent.feed import Feed
 from podwire.agent.logs import event
 from podwire.agent.options import Options
+from podwire.agent.refusals import Refusals
 from podwire.agent.sync import Sync
 from podwire.datapath import Part
-from podwire.datapath.nftables.policy import Count
+from podwire.datapath.counts import CountsPolicies
+from podwire.datapath.ebpf.events import Event
+from podwire.datapath.ebpf.policy import PolicyPart as EbpfPolicyPart
 from podwire.datapath.nftables.policy_rules import LOG_GROUP
 from podwire.errors import KernelError
 from podwire.kernel.nflog import Listener
@@ -30,29 +33,28 @@ from podwire.policy import PolicyCompiler, PolicyTable
 log = logging.getLogger("podwire.agent.policies")
 
 KINDS: tuple[Kind, ...] = (Node, Namespace, Pod, NetworkPolicy, ClusterNetworkPolicy)
-_REMEMBERED = 1000
-_WAITING = 1000
-
-
-@runtime_checkable
-class Counting(Protocol):
-    """A data path of netfilter: it counts by reason, and logs to `LOG_GROUP`."""
-
-    def counts(self) -> list[Count]: ...
 
 
 class PolicyRoom:
-    """All about policies of one agent, whatever the data path."""
+    """All about policies of one agent, whatever the data path.
 
-    def __init__(self, options: Options, path: Part[PolicyTable]) -> None:
+    What is denied comes from `refusals` on eBPF, on netfilter from its log group.
+    """
+
+    def __init__(
+        self, options: Options, path: Part[PolicyTable], refusals: Refusals | None = None
+    ) -> None:
         self.compiler = PolicyCompiler(
             options.node_name, attach_own_pods="cni" not in options.parts
         )
-        self._counted = path if isinstance(path, Counting) else None
+        self._counted = path if isinstance(path, CountsPolicies) else None
         part = CuttingPart(path) if options.cut_established else path
         self.sync: Sync[PolicyTable] = Sync("policy", KINDS, self.compiler.update, part)
-        self._drops: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
-        self._followers: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._drops = Feed()
+        self._refusals = refusals
+        if refusals is not None and isinstance(path, EbpfPolicyPart):
+            refusals.name = lambda address: policy_api.name_of(self.table, address)
+            refusals.listeners.append(lambda seen: self._refused(path, seen))
 
     @property
     def table(self) -> PolicyTable:
@@ -76,7 +78,7 @@ class PolicyRoom:
             lambda query: policy_api.applied(self.table, query, self._enforced()),
         )
         control.route("/v1/policy/counts", lambda _: self.counts())
-        control.stream("/v1/policy/drops", self._follow)
+        control.stream("/v1/policy/drops", self._drops.follow)
 
     def _enforced(self) -> bool:
         return self.sync.path is not None and self.sync.retry_at is None and not self.sync.error
@@ -106,9 +108,9 @@ class PolicyRoom:
     # --- drops ---
 
     async def run(self, agent: Any) -> None:
-        """Read what the kernel logs, until cancelled."""
+        """Read what netfilter logs, until cancelled."""
         agent.metrics.registry.register(PolicyCollector(self))
-        if self._counted is None:
+        if self._refusals is not None:
             return
         try:
             listener = Listener(LOG_GROUP)
@@ -125,27 +127,17 @@ class PolicyRoom:
 
     def _heard(self, listener: Listener) -> None:
         for packet in listener.drain():
-            drop = policy_api.logged(self.table, packet, time.time())
-            self._drops.append(drop)
-            event(log, logging.INFO, "policy", verdict=drop["verdict"],
-                  source=drop["source_name"], destination=drop["destination_name"],
-                  port=f"{drop['protocol']}/{drop['port']}",
-                  policies=",".join(drop["policies"]))  # fmt: skip
-            for queue in self._followers:
-                if queue.qsize() < _WAITING:
-                    queue.put_nowait(drop)
+            self._tell(policy_api.logged(self.table, packet, time.time()))
 
-    async def _follow(self, query: Query) -> AsyncIterator[dict[str, Any]]:
-        """The last drops, and with ``follow`` those to come."""
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._followers.add(queue)
-        try:
-            for drop in list(self._drops):
-                yield drop
-            while query.get("follow"):
-                yield await queue.get()
-        finally:
-            self._followers.discard(queue)
+    def _refused(self, path: EbpfPolicyPart, seen: Event) -> None:
+        self._tell(policy_api.refused(self.table, seen, path.ruling(seen.ruling)))
+
+    def _tell(self, drop: dict[str, Any]) -> None:
+        event(log, logging.INFO, "policy", verdict=drop["verdict"],
+              source=drop["source_name"], destination=drop["destination_name"],
+              port=f"{drop['protocol']}/{drop['port']}",
+              policies=",".join(drop["policies"]))  # fmt: skip
+        self._drops.publish(drop)
 
 
 class PolicyCollector(Collector):

@@ -12,6 +12,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from podwire.agent.refusals import protocol_name
+from podwire.datapath.ebpf.connections import Flow
+from podwire.datapath.ebpf.events import Event
+from podwire.datapath.ebpf.layout import Reason
+from podwire.datapath.ebpf.rulings import Ruling
 from podwire.errors import InvalidObject
 from podwire.kernel.ctnetlink.entries import Entry
 from podwire.kernel.nflog import Logged
@@ -346,7 +351,7 @@ def flow(table: PolicyTable, entry: Entry) -> str:
     return (
         f"{_name(table.host(source))} ({format_address(source)}) → "
         f"{_name(table.host(destination))} ({format_address(destination)}) "
-        f"{_protocol_name(entry.original.protocol)}/{entry.reply.source_port}"
+        f"{protocol_name(entry.original.protocol)}/{entry.reply.source_port}"
     )
 
 
@@ -354,28 +359,74 @@ def flow(table: PolicyTable, entry: Entry) -> str:
 
 
 def logged(table: PolicyTable, packet: Logged, now_s: float) -> dict[str, Any]:
-    """A packet that the kernel logged, with names and the policy that decides."""
+    """A packet that netfilter logged, with names and the policy that decides."""
     judgement = judge_logged(table, packet)
     deciding = judgement.deciding
-    if judgement.verdict is Verdict.ALLOW:  # the policies have changed since
-        reason, policies = "the policies have changed since", []
+    if judgement.verdict is Verdict.ALLOW:
+        reason, policies = _CHANGED, []
     else:
         refs = [deciding.policy] if deciding.policy else list(deciding.isolating)
         reason, policies = str(deciding), [str(ref) for ref in refs]
+    flow = Flow(*packet[1:3], packet.source_port, packet.port, packet.protocol)
+    verdict = Verdict.AUDIT if "audited" in packet.prefix else Verdict.DENY
+    return _drop(table, now_s, verdict, flow, deciding.direction, policies, reason)
+
+
+def refused(table: PolicyTable, event: Event, ruling: Ruling | None) -> dict[str, Any]:
+    """A packet that eBPF refused. The kernel says whose doing it is, the table by which rule."""
+    flow = event.flow
+    if flow.protocol in (Protocol.ICMP, Protocol.ICMPV6):
+        flow = flow._replace(source_port=0, destination_port=0)
+    judged = table.judge(
+        Packet(
+            flow.source,
+            flow.destination,
+            flow.protocol,
+            flow.destination_port,
+            via_service=flow.source == flow.destination,
+        )
+    )
+    decision = judged.egress if event.egress else judged.ingress
+    verdict = Verdict.AUDIT if event.reason is Reason.POLICY_AUDIT else Verdict.DENY
+    policies = ruling.policies if ruling is not None else ()
+    refs = (decision.policy,) if decision.policy else decision.isolating
+    same = ruling is not None and (decision.verdict, refs) == (verdict, policies)
+    reason = str(decision) if same else _CHANGED
+    names = [str(ref) for ref in policies]
+    return _drop(table, event.time_s, verdict, flow, decision.direction, names, reason)
+
+
+_CHANGED = "the policies have changed since"
+
+
+def _drop(
+    table: PolicyTable,
+    time_s: float,
+    verdict: Verdict,
+    flow: Flow,
+    direction: Direction,
+    policies: list[str],
+    reason: str,
+) -> dict[str, Any]:
     return {
-        "time": now_s,
-        "verdict": "audit" if "audited" in packet.prefix else "deny",
-        "source": format_address(packet.source),
-        "source_port": packet.source_port,
-        "source_name": _name(table.host(packet.source)),
-        "destination": format_address(packet.destination),
-        "destination_name": _name(table.host(packet.destination)),
-        "protocol": _protocol_name(packet.protocol),
-        "port": packet.port,
-        "direction": deciding.direction.value,
+        "time": time_s,
+        "verdict": verdict.value,
+        "source": format_address(flow.source),
+        "source_port": flow.source_port,
+        "source_name": name_of(table, flow.source),
+        "destination": format_address(flow.destination),
+        "destination_name": name_of(table, flow.destination),
+        "protocol": protocol_name(flow.protocol),
+        "port": flow.destination_port,
+        "direction": direction.value,
         "policies": policies,
         "reason": reason,
     }
+
+
+def name_of(table: PolicyTable, address: Address) -> str:
+    """``namespace/pod``, ``node:NAME`` or ``outside``."""
+    return _name(table.host(address))
 
 
 def judge_logged(table: PolicyTable, packet: Logged) -> Judgement:
@@ -390,10 +441,3 @@ def judge_logged(table: PolicyTable, packet: Logged) -> Judgement:
             via_service=packet.source == packet.destination,
         )
     )
-
-
-def _protocol_name(number: int) -> str:
-    try:
-        return Protocol(number).name
-    except ValueError:
-        return str(number)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from podwire.agent.control import follow
+from podwire.cli import agents
 from podwire.cli.paint import paint, table
 from podwire.datapath.ebpf import inspect
 from podwire.errors import ConfigError
@@ -19,13 +25,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     progs.add_argument(
         "--seconds", type=float, default=1.0, help="how long to watch (default 1; costs a little)"
     )
+    drops = commands.add_parser("drops", help="what was refused and why (asks the agent)")
+    drops.add_argument("-f", "--follow", action="store_true", help="and what will be")
+    agents.add_options(drops)
     for each in (status, maps, progs):
         each.add_argument("--node", help="one node only (default: all that have pins here)")
         each.add_argument("--json", action="store_true", help="the answer as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0. Raises ConfigError for a node without eBPF here."""
+    """0. Raises ConfigError for a node without eBPF here, ApiError without an agent."""
+    if args.action == "drops":
+        return asyncio.run(_drops(args))
     known = inspect.nodes()
     if args.node and args.node not in known:
         raise ConfigError(f"no eBPF of node {args.node!r} here ({', '.join(known) or 'none'})")
@@ -88,6 +99,30 @@ def _programs(nodes: Sequence[str], args: argparse.Namespace) -> None:
     ]
     header = ("NODE", "PROGRAM", "ID", "LINKS", "RUNS/S", "NS/RUN", "VERIFIED")
     print("\n".join(table(header, rows)))
+
+
+async def _drops(args: argparse.Namespace) -> int:
+    """All agents' refusals, as they come."""
+
+    async def one(run_dir: Path) -> None:
+        query = {"follow": "1"} if args.follow else {}
+        async for drop in follow(run_dir / "agent.sock", "/v1/bpf/drops", query):
+            print(json.dumps(drop) if args.json else _drop(drop), flush=True)
+
+    await asyncio.gather(*(one(run_dir) for run_dir in agents.run_dirs(args)))
+    return 0
+
+
+def _drop(drop: dict[str, Any]) -> str:
+    when = time.strftime("%H:%M:%S", time.localtime(drop["time"]))
+    colour = "yellow" if drop["reason"] == "policy_audit" else "red"
+    source, destination = (
+        f"{drop[f'{end}_name']} ({drop[end]})".lstrip() for end in ("source", "destination")
+    )
+    return (
+        f"{when} {paint(colour, drop['reason'])} {source} → {destination} "
+        f"{drop['protocol']}/{drop['port']} on {drop['interface']}: {drop['text']}"
+    )
 
 
 def _print_json(answer: object) -> None:

@@ -6,11 +6,10 @@ import socket
 import msgspec
 import pytest
 
-from podwire.datapath.ebpf.layout import EVENT, FLOW, Reason
 from podwire.datapath.ebpf.policy import PolicyPart
 from podwire.datapath.ebpf.programs import OBJECTS, Programs
 from podwire.kernel import netns
-from podwire.kernel.bpf import RingBuffer, features
+from podwire.kernel.bpf import features
 from podwire.kube.objects import Namespace, NetworkPolicy, Node, Pod
 from podwire.kube.store import Store
 from podwire.net import Protocol, parse_address
@@ -150,25 +149,6 @@ SPECS = {
 def test_what_connects_is_what_the_evaluator_says(world, name):
     protocols = [Protocol.TCP] if name.startswith("deny") else list(KINDS)
     check(world, enforce(world, policy("p", SPECS[name])), protocols)
-
-
-def test_a_refusal_names_the_policy_and_audit_only_reports(world):
-    ring = RingBuffer(world.part._programs.maps["events"])
-    spec = {"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Ingress"]}
-    for annotations, reason, connects in (
-        ({}, Reason.POLICY, False),
-        ({"podwire.dev/audit": "true"}, Reason.POLICY_AUDIT, True),
-    ):
-        enforce(world, policy("closed", spec, **annotations))
-        list(ring.read())
-        wait = 3 if connects else 0.2
-        seen = world.observe("pod2", POD[1][4], 80, tries=1, timeout=wait)
-        assert (seen == {(POD[1][4], POD[2][4])}) is connects
-        events = [EVENT.unpack(record) for record in ring.read()]
-        flows = [FLOW.unpack(event[-1]) for event in events if event[1] == reason]
-        assert flows[0][1].endswith(parse_address(POD[1][4]))
-        assert flows[0][3] == (80).to_bytes(2, "big")
-    ring.close()
 
 
 def test_an_open_connection_outlives_a_policy_and_answers_always_pass(world):

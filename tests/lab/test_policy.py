@@ -71,6 +71,14 @@ def podwire(lab: Lab, *command: str) -> tuple[int, Any]:
     return exit.value.code, json.loads(text) if text.startswith(("[", "{")) else text
 
 
+def refusals(lab: Lab) -> list[dict[str, Any]]:
+    """What `podwire bpf drops` says of node1."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        main.main(["bpf", "drops", "--lab", lab.name, "--node", "node1", "--json"])
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
 def reaches(lab: Lab, source: str) -> bool:
     fd = lab.netns_fd(source, "x")
     try:
@@ -80,10 +88,12 @@ def reaches(lab: Lab, source: str) -> bool:
         os.close(fd)
 
 
+@pytest.mark.parametrize("datapath", ["nftables", "ebpf"])
 def test_a_policy_from_the_api_to_the_kernel_and_back(
-    make_lab: Callable[..., Lab], tmp_path: Path
+    make_lab: Callable[..., Lab], tmp_path: Path, datapath: str
 ) -> None:
-    lab = make_lab()
+    wiring = "bridge" if datapath == "nftables" else "routed"
+    lab = make_lab(datapath=datapath, wiring=wiring)
     lab.apply(manifests.parse(WORLD, "world"))
     lab.wait(30)
     assert podwire(lab, "wait", "x/friends")[0] == 0
@@ -102,6 +112,13 @@ def test_a_policy_from_the_api_to_the_kernel_and_back(
 
     _, drops = podwire(lab, "drops", "--node", "node1")
     assert [drops["source_name"], drops["policies"]] == ["x/stranger", ["NetworkPolicy x/friends"]]
+    counted = {(row["verdict"], *row["policies"]) for row in podwire(lab, "counts")[1]}
+    assert {("allow", "NetworkPolicy x/friends"), ("deny", "NetworkPolicy x/friends")} <= counted
+    if datapath == "ebpf":
+        (drop,) = refusals(lab)
+        assert [drop["reason"], drop["source_name"], drop["destination_name"], drop["port"]] == [
+            "policy", "x/stranger", "x/server", 80,
+        ]  # fmt: skip
 
     new = tmp_path / "new.yaml"
     new.write_text(STRANGERS)

@@ -94,7 +94,7 @@ class Connections:
     def items(self) -> Iterator[tuple[Flow, Flow]]:
         """What packets look like and what they become, both directions of every connection."""
         for key, value in self._programs.growing["connections"].map.items():
-            yield _flow(key), _flow(CONNECTION.unpack(value)[0])
+            yield read_flow(key), read_flow(CONNECTION.unpack(value)[0])
 
     def _run(self, program: str, mode: CollectMode) -> Collected:
         request = COLLECT.pack(mode, ESTABLISHED_S, DATAGRAM_S, 0, 0, 0)
@@ -102,7 +102,8 @@ class Connections:
         return Collected(*COLLECT.unpack(answer)[3:])
 
 
-def _flow(packed: bytes) -> Flow:
+def read_flow(packed: bytes) -> Flow:
+    """A `struct flow`; of ICMP echo, both ports are its id."""
     source, destination, source_port, destination_port, protocol = FLOW.unpack(packed)
     return Flow(
         unmapped(source),

@@ -10,7 +10,7 @@ from enum import IntEnum, IntFlag
 
 from podwire.net import Address
 
-VERSION = 1
+VERSION = 2
 """Of the maps that outlive a process; raised when one of them changes its meaning."""
 
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -26,13 +26,14 @@ FLOW = struct.Struct("=16s16s2s2sB3x")  # source, destination, their ports, prot
 CONNECTION = struct.Struct("=40sIIBB6x")  # to, seen_s, service, state, flags
 INTERFACE = struct.Struct("=16s16sI6s6x")  # addresses, flags, mac
 ENDPOINT = struct.Struct("=I6s6s")  # interface, mac, host_mac
-EVENT = struct.Struct("=QIIIII4x40s")  # time, reason, interface, rule, peer, egress, flow
+EVENT = struct.Struct("=QIIQII40s")  # time, reason, interface, ruling, peer, egress, flow
 REMOTE = struct.Struct("=16s2s6x")  # address, port
 RULE_KEY = struct.Struct("=IIIBx2s")  # length, rule set, identity, protocol, port
-RULE = struct.Struct("=II")  # verdict, policy
+RULE = struct.Struct("=QI4x")  # ruling, verdict
 SUBJECT = struct.Struct("=II")  # ingress, egress rule set
 COLLECT = struct.Struct("=IIIIII")
 COOKIE = struct.Struct("=Q")
+RULING = struct.Struct("=Q")
 NUMBER = struct.Struct("=I")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from podwire.datapath import Requirement
+from podwire.datapath.counts import PolicyCount
 from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.growing import GrowingMap
 from podwire.datapath.ebpf.layout import (
@@ -24,10 +25,11 @@ from podwire.datapath.ebpf.layout import (
 )
 from podwire.datapath.ebpf.pods import write_interface
 from podwire.datapath.ebpf.programs import Programs
+from podwire.datapath.ebpf.rulings import Ruling, Rulings, ruling_of
 from podwire.kernel import link as links
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address, Protocol, range_to_prefixes
-from podwire.policy import Endpoint, PolicyRef, PolicyTable, Verdict
+from podwire.policy import Endpoint, PolicyTable, Verdict
 from podwire.policy.rulesets import RuleSet
 from podwire.policy.verdicts import Outcome, Verdicts
 
@@ -53,7 +55,7 @@ class PolicyPart:
         self._programs = programs or Programs(netns_fd=netns_fd)
         self._shared = programs is not None
         self._table: PolicyTable | None = None
-        self._refs: dict[PolicyRef, int] = {}
+        self._rulings = Rulings(lambda: self._programs.maps["rulings"])
 
     def close(self) -> None:
         """Let go of programs of its own; what is attached goes on."""
@@ -79,7 +81,9 @@ class PolicyPart:
         delta = table.delta(old)
         growing = self._programs.growing
         if old is None:
-            for kind, wanted in self._spell(table).items():
+            entries = self._spell(table)
+            self._rulings.adopt()
+            for kind, wanted in entries.items():
                 growing[kind].replace(wanted)
             self._attach(table.endpoints.values())
             return
@@ -95,6 +99,7 @@ class PolicyPart:
             else (_exact(old, delta.addresses), _exact(table, delta.addresses))
         )
         subjects = _subjects(gone), _subjects(changed)
+        self._rulings.write()
         _write(growing["rules"], *rules)
         _write(growing["identities"], *identities)
         _write(growing["subjects"], *subjects)
@@ -102,6 +107,7 @@ class PolicyPart:
         _delete(growing["subjects"], *subjects)
         _delete(growing["identities"], *identities)
         _delete(growing["rules"], *rules)
+        self._rulings.forget(table)
 
     def flush(self) -> None:
         """Nothing waits."""
@@ -131,9 +137,14 @@ class PolicyPart:
         kinds = ("identities", "rules", "subjects")
         return {kind: self._programs.growing[kind].fill() for kind in kinds}
 
-    def policy(self, number: int) -> PolicyRef | None:
-        """Whose number an event bears; None for a default, or a policy that was forgotten."""
-        return next((ref for ref, held in self._refs.items() if held == number), None)
+    def counts(self) -> list[PolicyCount]:
+        """How often each ruling was made since its policies came, also by earlier processes."""
+        with self._programs.lock:
+            return self._rulings.counts() if self._table is not None else []
+
+    def ruling(self, number: int) -> Ruling | None:
+        """Whose number an event bears; None for what no policy of the table says any more."""
+        return self._rulings.named(number)
 
     def _attach(self, endpoints: Iterable[Endpoint]) -> None:
         """Put the pods' program on their links; a link that is not there yet waits for verify."""
@@ -156,15 +167,24 @@ class PolicyPart:
         return {key: value for rule_set in found for key, value in self._rules(rule_set)}
 
     def _rules(self, rule_set: RuleSet) -> Iterator[tuple[bytes, bytes]]:
-        yield from self._boxes(rule_set.number, _ANYBODY, rule_set.default)
+        packed: dict[Outcome, bytes] = {}
+        yield from self._boxes(rule_set, _ANYBODY, rule_set.default, packed)
         for identity, verdicts in rule_set.entries.items():
-            yield from self._boxes(rule_set.number, identity, verdicts)
+            yield from self._boxes(rule_set, identity, verdicts, packed)
 
     def _boxes(
-        self, rule_set: int, identity: int, verdicts: Verdicts
+        self, rule_set: RuleSet, identity: int, verdicts: Verdicts, packed: dict[Outcome, bytes]
     ) -> Iterator[tuple[bytes, bytes]]:
         """Entries of one identity; what equals the rest (`other`) needs none."""
-        yield RULE_KEY.pack(64, rule_set, identity, 0, bytes(2)), self._rule(verdicts.other)
+
+        def rule(outcome: Outcome) -> bytes:
+            found = packed.get(outcome)
+            if found is None:
+                number = self._rulings.number(ruling_of(rule_set, outcome))
+                found = packed[outcome] = RULE.pack(number, _VERDICTS[outcome.verdict])
+            return found
+
+        yield RULE_KEY.pack(64, rule_set.number, identity, 0, bytes(2)), rule(verdicts.other)
         for protocol, spans in verdicts.protocols:
             for span in spans:
                 if span.outcome == verdicts.other:
@@ -173,14 +193,14 @@ class PolicyPart:
                 if not span.first <= first <= span.last:
                     continue
                 for port, length in range_to_prefixes(first, last, 16):
-                    key = (80 + length, rule_set, identity, protocol, port.to_bytes(2, "big"))
-                    yield RULE_KEY.pack(*key), self._rule(span.outcome)
-
-    def _rule(self, outcome: Outcome) -> bytes:
-        number = 0
-        if outcome.policy is not None:
-            number = self._refs.setdefault(outcome.policy, len(self._refs) + 1)
-        return RULE.pack(_VERDICTS[outcome.verdict], number)
+                    key = (
+                        80 + length,
+                        rule_set.number,
+                        identity,
+                        protocol,
+                        port.to_bytes(2, "big"),
+                    )
+                    yield RULE_KEY.pack(*key), rule(span.outcome)
 
 
 def _write(growing: GrowingMap, old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> None:

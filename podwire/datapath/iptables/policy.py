@@ -11,10 +11,11 @@ import threading
 from collections.abc import Sequence
 
 from podwire.datapath import Requirement
+from podwire.datapath.counts import PolicyCount
 from podwire.datapath.iptables.policy_rules import hooks, names
 from podwire.datapath.iptables.policy_spelling import FamilyPolicies
 from podwire.datapath.iptables.ruleset import Ruleset, Wanted
-from podwire.datapath.nftables.policy import BRIDGE_REQUIREMENTS, Count
+from podwire.datapath.nftables.policy import BRIDGE_REQUIREMENTS
 from podwire.errors import PodwireError, Unsupported
 from podwire.kernel.ipset import IpSets
 from podwire.kernel.iptables import Flavour, Iptables, detect_flavour
@@ -122,17 +123,17 @@ class PolicyPart:
             }
         return out
 
-    def counts(self) -> list[Count]:
+    def counts(self) -> list[PolicyCount]:
         """How often each reason denied or would have, most packets first.
 
         What is allowed is not counted on this data path.
         """
-        counted: dict[Count, int] = {}
+        counted: dict[PolicyCount, int] = {}
         for family, spelling in self._spelling.items():
             for reason in spelling.reasons:
                 found = self._iptables[family].counters("mangle", reason.chain)
                 policies = (reason.policy,) if reason.policy is not None else reason.isolating
-                count = Count(reason.verdict, reason.direction, policies, 0, 0)
+                count = PolicyCount(reason.verdict, reason.direction, policies, 0)
                 counted[count] = counted.get(count, 0) + (found[-1] if found else 0)
         counts = [count._replace(packets=packets) for count, packets in counted.items()]
         return sorted(counts, key=lambda count: -count.packets)

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import NamedTuple, TypeAlias
 
 from podwire.datapath import Requirement
+from podwire.datapath.counts import PolicyCount
 from podwire.datapath.nftables import policy_rules as rules
 from podwire.datapath.nftables.fixed import FixedTable
 from podwire.errors import KernelError
@@ -68,16 +69,6 @@ class Reason(NamedTuple):
     direction: Direction
     policy: PolicyRef | None
     rule_set: int | None
-
-
-class Count(NamedTuple):
-    """First packets of connections judged for one reason; `policies`: whose doing it is."""
-
-    verdict: Verdict
-    direction: Direction
-    policies: tuple[PolicyRef, ...]
-    packets: int
-    octets: int
 
 
 class PolicyPart:
@@ -160,13 +151,13 @@ class PolicyPart:
             **{target.name: len(self._held.get(target, ())) for target in rules.INET_SETS},
         }
 
-    def counts(self) -> list[Count]:
+    def counts(self) -> list[PolicyCount]:
         """How often each reason decided since its rule set came, most packets first."""
         counters = self._nft.element_counters(rules.VERDICTS)
-        out: list[Count] = []
+        out: list[PolicyCount] = []
         for reason, code in self._codes.items():
-            packets, octets = counters.get(_number(code), (0, 0))
-            out.append(Count(*reason[:2], self._policies(reason), packets, octets))
+            packets, _ = counters.get(_number(code), (0, 0))
+            out.append(PolicyCount(*reason[:2], self._policies(reason), packets))
         return sorted(out, key=lambda count: -count.packets)
 
     def _policies(self, reason: Reason) -> tuple[PolicyRef, ...]:
@@ -466,6 +457,3 @@ def _intervals(table: PolicyTable) -> Wanted:
 def _merge(into: Wanted, some: Mapping[Set, Mapping[ElementKey, Data]]) -> None:
     for target, elements in some.items():
         into[target].update(elements)
-
-
-__all__: Iterable[str] = ("Count", "PolicyPart")

@@ -74,6 +74,11 @@ class Map:
         per_cpu = self.info.type in (MapType.PERCPU_HASH, MapType.PERCPU_ARRAY)
         self._value_size = stride * _possible_cpus() if per_cpu else self.info.value_size
 
+    @property
+    def zero(self) -> bytes:
+        """A value of zeros, for all CPUs of a per-CPU map."""
+        return bytes(self._value_size)
+
     @classmethod
     def create(
         cls,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import select
 import struct
 from collections.abc import Iterator
@@ -26,8 +27,10 @@ class RingBuffer:
         self._producer = mmap.mmap(
             map.fd, page + 2 * self._size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
         )
+        # epoll forgets a file when its last descriptor closes: `map` may be closed before this is
+        self._fd = os.dup(map.fd)
         self._epoll = select.epoll()
-        self._epoll.register(map.fd, select.EPOLLIN)
+        self._epoll.register(self._fd, select.EPOLLIN)
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -53,5 +56,6 @@ class RingBuffer:
 
     def close(self) -> None:
         self._epoll.close()
+        os.close(self._fd)
         self._consumer.close()
         self._producer.close()

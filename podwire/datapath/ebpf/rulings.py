@@ -1,0 +1,120 @@
+"""Rulings: what policies decide, numbered so that a number never means anything else.
+
+A ruling's number is a hash of its words. A process that starts finds the maps of an earlier one,
+and events that nobody has read yet: their numbers mean to it what they meant to the earlier one,
+and the counts of what still exists go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+from podwire.datapath.counts import PolicyCount
+from podwire.datapath.ebpf.layout import RULING
+from podwire.kernel.bpf import Map
+from podwire.policy import Direction, PolicyRef, PolicyTable, Verdict
+from podwire.policy.rulesets import RuleSet
+from podwire.policy.verdicts import Outcome
+
+
+class Ruling(NamedTuple):
+    """A verdict of one direction; `policies`: whose doing it is, several with a default deny."""
+
+    verdict: Verdict
+    direction: Direction
+    policies: tuple[PolicyRef, ...]
+
+    @property
+    def number(self) -> int:
+        """64 bits: of 100,000 rulings, two are alike once in four billion clusters."""
+        words = f"{self.verdict} {self.direction} {', '.join(map(str, self.policies))}"
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big")
+
+
+def ruling_of(rule_set: RuleSet, outcome: Outcome) -> Ruling:
+    """What an outcome of this rule set is; a default is the doing of all that isolate the pod."""
+    policies = (outcome.policy,) if outcome.policy is not None else rule_set.isolating
+    return Ruling(outcome.verdict, rule_set.direction, policies)
+
+
+class Rulings:
+    """The rulings of one table, and the map in which programs count them.
+
+    `counters` gives the map; entries are made before a rule names them. A ruling for which the map
+    has no room is not counted; it holds all the same.
+    """
+
+    def __init__(self, counters: Callable[[], Map]) -> None:
+        self._counters = counters
+        self._numbers: dict[Ruling, int] = {}
+        self._by_number: dict[int, Ruling] = {}
+        self._new: list[int] = []
+        self._counted: set[int] = set()
+        self._policies: object = None
+
+    def number(self, ruling: Ruling) -> int:
+        found = self._numbers.get(ruling)
+        if found is None:
+            found = self._numbers[ruling] = ruling.number
+            self._by_number[found] = ruling
+            self._new.append(found)
+        return found
+
+    def named(self, number: int) -> Ruling | None:
+        """None for one that no table of this process holds (any more)."""
+        return self._by_number.get(number)
+
+    def adopt(self) -> None:
+        """Keep the counts of an earlier process, as far as the table has their rulings."""
+        counters = self._counters()
+        held = {RULING.unpack(key)[0] for key, _ in counters.items()}
+        self._counted = held & self._by_number.keys()
+        counters.delete_batch([RULING.pack(number) for number in held - self._counted])
+        self._new = [number for number in self._by_number if number not in self._counted]
+        self.write()
+
+    def write(self) -> None:
+        """Make the entries of new rulings, as far as there is room."""
+        if not self._new:
+            return
+        counters = self._counters()
+        room = counters.info.max_entries - len(self._counted)
+        made, self._new = self._new[:room], self._new[room:]
+        counters.update_batch((RULING.pack(number), counters.zero) for number in made)
+        self._counted.update(made)
+
+    def forget(self, table: PolicyTable) -> None:
+        """Drop those of policies that are gone: no rule bears their numbers any more."""
+        if table.policies is self._policies:
+            return
+        self._policies = table.policies
+        gone = [
+            ruling
+            for ruling in self._numbers
+            if not all(ref in table.policies for ref in ruling.policies)
+        ]
+        numbers = {self._numbers.pop(ruling) for ruling in gone}
+        for number in numbers:
+            del self._by_number[number]
+        self._new = [number for number in self._new if number not in numbers]
+        self._counters().delete_batch([RULING.pack(n) for n in numbers & self._counted])
+        self._counted -= numbers
+
+    def counts(self) -> list[PolicyCount]:
+        """How often each ruling was made, most packets first."""
+        packets = {
+            RULING.unpack(key)[0]: sum(n for (n,) in struct.iter_unpack("=Q", values))
+            for key, values in self._counters().items()
+        }
+        found = [
+            PolicyCount(*ruling, packets.get(number, 0))
+            for number, ruling in self._by_number.items()
+        ]
+        return sorted(found, key=lambda count: -count.packets)
+
+    def fill(self) -> tuple[int, int]:
+        """Rulings to count, and those that fit."""
+        return len(self._by_number), self._counters().info.max_entries

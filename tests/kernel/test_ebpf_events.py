@@ -1,0 +1,203 @@
+"""What eBPF tells of policies: who denied, how often, also after a flood and a restart."""
+
+import os
+import socket
+
+import msgspec
+import pytest
+
+from podwire.agent import policy_api
+from podwire.datapath.ebpf.events import EVENTS_PER_SECOND, EventReader
+from podwire.datapath.ebpf.layout import Reason
+from podwire.datapath.ebpf.policy import PolicyPart
+from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.kernel import netns
+from podwire.kernel.bpf import features
+from podwire.kube.objects import Namespace, NetworkPolicy, Node
+from podwire.kube.store import Store
+from podwire.net import Protocol, format_address, parse_address
+from podwire.policy import Attachment, PolicyCompiler
+from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, World
+from tests.kernel.test_ebpf_policy import pod, policy
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+]
+if os.geteuid() == 0 and features.missing():
+    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+
+CLOSED = {"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Ingress"]}
+OPEN_80 = {**CLOSED, "ingress": [{"ports": [{"port": 80}]}]}
+CAGED = {"podSelector": {"matchLabels": {"app": "client"}}, "policyTypes": ["Egress"]}
+
+
+class Node1:
+    """The node's policies, as an agent holds them; `restart` forgets all that a process knows."""
+
+    def __init__(self, world):
+        self.world = world
+        self.start()
+
+    def start(self):
+        self.part = PolicyPart(programs=Programs(self.world.name, self.world.spaces["node"]))
+        self.part.start()
+        self.store, self.compiler = Store(), PolicyCompiler("node")
+        for name, address in (("node", NODE), ("other", OUTSIDE)):
+            status = {"addresses": [{"type": "InternalIP", "address": a} for a in address.values()]}
+            self.store.put(msgspec.convert({"metadata": {"name": name}, "status": status}, Node))
+        self.store.put(msgspec.convert({"metadata": {"name": "x"}}, Namespace))
+        for number, name, app in ((1, "one", "web"), (2, "two", "client")):
+            self.store.put(pod(name, "node", POD[number], app=app))
+            addresses = tuple(parse_address(text) for text in POD[number].values())
+            self.compiler.attach(Attachment(("x", name), f"pod{number}", addresses))
+        self.reader = EventReader(self.part._programs)
+
+    def stop(self):
+        self.reader.close()
+        self.part._programs.close()
+
+    def enforce(self, *policies):
+        for key in list(self.store.all(NetworkPolicy)):
+            self.store.remove(NetworkPolicy, key)
+        for one in policies:
+            self.store.put(one)
+        self.table = self.compiler.update(self.store.take())
+        self.part.apply(self.table)
+
+    def told(self):
+        """The events that wait, as `podwire policy drops` has them."""
+        return [
+            policy_api.refused(self.table, event, self.part.ruling(event.ruling))
+            for event in self.reader.read()
+        ]
+
+    def counts(self):
+        return {
+            (c.verdict.value, c.direction.value, *(ref.name for ref in c.policies)): c.packets
+            for c in self.part.counts()
+            if c.packets
+        }
+
+    def lost(self):
+        return self.part._programs.outcomes()["events_lost"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    with World() as made:
+        made.serve("pod1", POD[1][4], 80)
+        yield made
+
+
+@pytest.fixture
+def node(world):
+    made = Node1(world)
+    made.reader.read()
+    yield made
+    made.reader.close()
+    made.part.cleanup()
+
+
+def knock(world, port, connects=False):
+    seen = world.observe("pod2", POD[1][4], port, tries=1, timeout=3 if connects else 0.1)
+    assert (seen == {(POD[1][4], POD[2][4])}) is connects
+
+
+def flood(world, count, port=9):
+    with netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_DGRAM) as client:
+        for _ in range(count):
+            client.sendto(b"x", (POD[1][4], port))
+
+
+def test_a_denial_names_policy_rule_and_ends(world, node):
+    node.enforce(policy("closed", CLOSED))
+    knock(world, 80)
+    (drop,) = node.told()
+    assert drop | {"time": 0, "source_port": 0} == {
+        "time": 0,
+        "verdict": "deny",
+        "source": POD[2][4],
+        "source_port": 0,
+        "source_name": "x/two",
+        "destination": POD[1][4],
+        "destination_name": "x/one",
+        "protocol": "TCP",
+        "port": 80,
+        "direction": "ingress",
+        "policies": ["NetworkPolicy x/closed"],
+        "reason": "ingress denied: no rule of NetworkPolicy x/closed allows it",
+    }
+    assert node.counts() == {("deny", "ingress", "closed"): 1}
+
+
+def test_audit_passes_and_is_told(world, node):
+    node.enforce(policy("closed", CLOSED, **{"podwire.dev/audit": "true"}))
+    knock(world, 80, connects=True)
+    (drop,) = node.told()
+    assert (drop["verdict"], drop["policies"]) == ("audit", ["NetworkPolicy x/closed"])
+    assert node.counts() == {("audit", "ingress", "closed"): 1}
+
+
+def test_what_is_allowed_is_counted_by_the_policy_that_allows(world, node):
+    node.enforce(policy("web", OPEN_80))
+    for _ in range(3):
+        knock(world, 80, connects=True)
+    assert node.counts() == {("allow", "ingress", "web"): 3}
+    assert node.told() == []
+
+
+def test_a_flood_is_told_in_part_and_counted_whole(world, node):
+    node.enforce(policy("caged", CAGED))
+    before = node.lost()
+    flood(world, 1000)
+    told = node.told()
+    assert node.counts() == {("deny", "egress", "caged"): 1000}
+    assert 0 < len(told) <= 10 * EVENTS_PER_SECOND
+    assert {drop["direction"] for drop in told} == {"egress"}
+    assert len(told) + node.lost() - before == 1000
+
+
+def test_no_process_blames_the_wrong_policy_for_what_an_earlier_one_did(world, node):
+    node.enforce(policy("a", CLOSED), policy("b", CAGED))
+    flood(world, 3)
+    node.stop()  # with the events in the ring
+    node.start()
+    # other names before, so that whoever numbers in order would number otherwise
+    node.enforce(policy("0", OPEN_80), policy("b", CAGED))
+    told = node.told()
+    assert [drop["policies"] for drop in told] == [["NetworkPolicy x/b"]] * 3
+    assert node.counts() == {("deny", "egress", "b"): 3}, "counts go on, those of the gone go"
+    node.enforce(policy("c", CAGED))
+    flood(world, 1)
+    assert node.counts() == {("deny", "egress", "c"): 1}
+
+
+def test_what_a_policy_that_is_gone_did_is_blamed_on_nobody(world, node):
+    node.enforce(policy("closed", CLOSED))
+    flood(world, 1)
+    node.enforce()
+    (drop,) = node.told()
+    assert (drop["verdict"], drop["policies"]) == ("deny", [])
+    assert drop["reason"] == "the policies have changed since"
+
+
+def test_other_refusals_are_told_with_their_flow(world, node):
+    node.enforce()
+    spoofed = "10.244.0.78"
+    world.batch(world.spaces["pod2"], f"addr add {spoofed}/32 dev eth0")
+    with netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.bind((spoofed, 5555))
+        client.sendto(b"x", (POD[1][4], 9))
+    world.batch(world.spaces["pod2"], f"addr del {spoofed}/32 dev eth0")
+    (event,) = [e for e in node.reader.read() if e.reason is Reason.SPOOFED]
+    assert (format_address(event.flow.source), event.flow.source_port) == (spoofed, 5555)
+    assert (event.ifindex, event.flow.protocol) == (world.ifindex("pod2"), Protocol.UDP)
+
+
+def test_a_reader_goes_on_when_programs_are_replaced(world, node):
+    node.enforce(policy("closed", CLOSED))
+    node.part._programs.reload()
+    flood(world, 1)
+    assert node.reader._ring.wait(2)
+    assert len(node.told()) == 1
