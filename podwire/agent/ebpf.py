@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from podwire.agent.options import Options
 from podwire.agent.pods import Gate
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
-from podwire.datapath.ebpf.programs import Programs
+from podwire.datapath.ebpf.programs import Programs, missing
 from podwire.kernel.bpf import features
 from podwire.wiring import Attachment
 
 
 def unavailable() -> str:
     """What this kernel or machine lacks for the eBPF data path, or ""."""
-    return ", ".join(features.missing())
+    return ", ".join(missing())
 
 
 def make_programs(options: Options) -> Programs:

@@ -5,8 +5,11 @@ A requirement that cannot be had stops the start: traffic would pass a data path
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 
 from podwire.agent.logs import event
 from podwire.datapath import Requirement
@@ -20,7 +23,7 @@ class Machine:
     """The requirements of all parts that run, in the agent's own network namespace."""
 
     def __init__(self, requirements: Iterable[Requirement]) -> None:
-        self._requirements = {r.sysctl: r for r in requirements}
+        self._requirements = {r.sysctl: r for r in requirements if not _moot(r)}
         self.restored: dict[str, int] = {}  # sysctl → how often somebody changed it
 
     def require(self) -> None:
@@ -57,11 +60,26 @@ class Machine:
             return None
 
     def _set(self, requirement: Requirement) -> None:
-        if self._value(requirement) == requirement.value:
+        value = self._value(requirement)
+        if value == requirement.value:
             return
+        if value is None and requirement.module:
+            _load_module(requirement.module)
         try:
             sysctl.write({requirement.sysctl: requirement.value})
         except KernelError as error:
             raise Unsupported(
                 f"{requirement.sysctl} must be {requirement.value} ({requirement.why}): {error}"
+                + (f"; modprobe {requirement.module} brings it" if requirement.module else "")
             ) from None
+
+
+def _moot(requirement: Requirement) -> bool:
+    """Whether it is about IPv6 on a kernel that was started without."""
+    return requirement.sysctl.startswith("net.ipv6.") and not Path("/proc/sys/net/ipv6").exists()
+
+
+def _load_module(name: str) -> None:
+    """Try to; whether it helped is seen by what should be there then."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(["modprobe", "--quiet", name], timeout=30, check=False)

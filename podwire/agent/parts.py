@@ -64,6 +64,7 @@ BRIDGE_NETFILTER = tuple(
         f"net.bridge.bridge-nf-call-{family}tables",
         "1",
         "without it Services and policies between pods of one node are bypassed in silence",
+        module="br_netfilter",
     )
     for family in ("ip", "ip6")
 )

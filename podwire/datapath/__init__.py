@@ -21,12 +21,13 @@ class Requirement:
     """Something a data path needs from the machine, or traffic would pass it by in silence.
 
     `sysctl` is the dotted name inside the data path's own network namespace; `value` what it must
-    hold; `why` one sentence for people.
+    hold; `why` one sentence for people; `module` the kernel module that brings it, if one does.
     """
 
     sysctl: str
     value: str
     why: str
+    module: str = ""
 
 
 class Part(Protocol[TableT]):

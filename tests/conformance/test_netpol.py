@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from podwire.kernel.bpf import features
+from podwire.datapath.ebpf.programs import missing
 from tests.conformance import OWN_CASES, SHARED_CASES
 from tests.conformance.netpol import run
 
@@ -17,8 +17,8 @@ FOLDERS = (OWN_CASES / "netpol", SHARED_CASES / "netpol")
 def test_cases(folder, datapath: str) -> None:
     if not folder.is_dir():
         pytest.skip(f"no cases at {folder}")
-    if datapath == "ebpf" and features.missing():
-        pytest.skip(f"this kernel lacks {', '.join(features.missing())}")
+    if datapath == "ebpf" and missing():
+        pytest.skip(f"this machine lacks {', '.join(missing())}")
     results = list(run(folder, datapath))
     passed = [result for result in results if result.outcome == "passed"]
     # flow cases are prose (tests/kernel/test_policy_flows.py), demo cases need Cilium's kinds

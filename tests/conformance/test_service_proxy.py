@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from podwire.kernel.bpf import features
+from podwire.datapath.ebpf.programs import missing
 from tests.conformance import OWN_CASES, SHARED_CASES, service_proxy
 
 FOLDERS = (OWN_CASES / "service-proxy", SHARED_CASES / "service-proxy")
@@ -19,8 +19,8 @@ DATAPATHS = ("evaluator", "nftables", "iptables-nft", "iptables-legacy", "ebpf")
 def test_cases(folder, datapath: str) -> None:
     if not folder.is_dir():
         pytest.skip(f"no cases at {folder}")
-    if datapath == "ebpf" and features.missing():
-        pytest.skip(f"this kernel lacks {', '.join(features.missing())}")
+    if datapath == "ebpf" and missing():
+        pytest.skip(f"this machine lacks {', '.join(missing())}")
     results = list(service_proxy.run(folder, datapath))
     assert results
     assert [result for result in results if result.outcome != "passed"] == []

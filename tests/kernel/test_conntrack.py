@@ -30,11 +30,10 @@ from podwire.conntrack.ebpf import EbpfSource
 from podwire.conntrack.inspector import Inspector
 from podwire.conntrack.stale import Removal
 from podwire.datapath.ebpf.connections import Connections
-from podwire.datapath.ebpf.programs import Programs
+from podwire.datapath.ebpf.programs import Programs, missing
 from podwire.datapath.ebpf.services import ServicesPart as EbpfServices
 from podwire.errors import InvalidObject, KernelError, PodwireError
 from podwire.kernel import netns, sysctl
-from podwire.kernel.bpf import features
 from podwire.kernel.ctnetlink import Entry, Events, Filter, Status, Table
 from podwire.kernel.ctnetlink.filters import abilities
 from podwire.net import Protocol
@@ -300,7 +299,7 @@ def test_kube_proxys_settings(netns_fd: int) -> None:
     assert netns.call(netns_fd, lambda: apply_options(ConntrackOptions())) == []
 
 
-@pytest.mark.skipif(bool(features.missing()), reason=f"lacks {', '.join(features.missing())}")
+@pytest.mark.skipif(bool(missing()), reason=f"lacks {', '.join(missing())}")
 def test_the_ebpf_data_paths_own_table() -> None:
     with World() as world:
         programs = Programs(world.name)

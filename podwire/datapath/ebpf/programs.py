@@ -51,6 +51,7 @@ from podwire.kernel.bpf import (
     ObjectSpec,
     Program,
     features,
+    objects,
     pins,
 )
 from podwire.kernel.netlink import NetlinkSocket
@@ -78,6 +79,16 @@ _SOCKET_HOOKS = {
     for family in (4, 6)
 }
 _TCX = {"ingress": AttachType.TCX_INGRESS, "egress": AttachType.TCX_EGRESS}
+
+
+def missing() -> list[str]:
+    """What the data path needs and this kernel or machine lacks, in words. Empty: all is there."""
+    lacks = features.missing()
+    if not objects.has_libbpf():
+        lacks.append("libbpf.so.1")
+    if not any(OBJECTS.glob("*.bpf.o")):
+        lacks.append(f"compiled programs in {OBJECTS} (install clang, run make setup)")
+    return lacks
 
 
 class Programs:
@@ -137,7 +148,7 @@ class Programs:
         new = set(wanted) - self._features
         if not new:
             return
-        lacking = features.missing()
+        lacking = missing()
         if lacking:
             raise Unsupported(f"the eBPF data path needs {lacking[0]}")
         with self.lock:
@@ -300,8 +311,6 @@ class Programs:
             if name == "terminate" and not features.has_kfunc("bpf_sock_destroy"):
                 continue
             loaded[name] = self._load_object(path)
-        if not loaded:
-            raise Unsupported(f"no compiled eBPF programs in {OBJECTS}: run tools/setup with clang")
         before, self._objects = self._objects, loaded
         self.maps = {name: map for o in loaded.values() for name, map in o.maps.items()}
         for name, (kind, key, value, entries) in _GROWING.items():

@@ -222,6 +222,14 @@ def _collect(level: int, template: bytes, arguments: int) -> int:
     return 0
 
 
+def has_libbpf() -> bool:
+    """Whether libbpf is installed here."""
+    try:
+        return bool(_libbpf())
+    except Unsupported:
+        return False
+
+
 @cache
 def _libbpf() -> ctypes.CDLL:
     try:
