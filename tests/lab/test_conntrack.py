@@ -188,7 +188,7 @@ def lowered_limit(least: int) -> Generator[int]:
     refusal = facts.settings().refusal
     if refusal:
         pytest.skip(refusal)
-    with open("/run/lock/podwire-conntrack-max", "w") as lock:
+    with open("/run/pwt-conntrack-max.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         in_use = facts.slab().objects
         if in_use is None:
