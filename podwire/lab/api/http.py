@@ -28,7 +28,7 @@ from podwire.lab.api.registry import (
 from podwire.lab.api.resources import ApiResource
 from podwire.lab.api.status import StatusError
 from podwire.lab.api.storage import Record, decode, encode
-from podwire.lab.api.subresources import SUBRESOURCES
+from podwire.lab.api.subresources import SUBRESOURCES, Call
 
 _JSON = "application/json"
 
@@ -233,9 +233,16 @@ class HttpDoor:
             raise errors.no_such_path()
         body = await _body(request) if request.can_read_body else None
         code, answer = handler(
-            self.registry, request.method, target.resource, target.namespace, target.name, body,
-            request.content_type,
-        )  # fmt: skip
+            Call(
+                self.registry,
+                request.method,
+                target.resource,
+                target.namespace,
+                target.name,
+                body,
+                request.content_type,
+            )
+        )
         return _json(encode(answer), code)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from podwire.kube.objects import Json
 from podwire.lab import tree
@@ -14,38 +14,48 @@ from podwire.lab.api.resources import ApiResource
 from podwire.lab.api.status import StatusError
 from podwire.lab.api.storage import Record
 
-Handler: TypeAlias = Callable[[Registry, str, ApiResource, str, str, Any, str], tuple[int, Json]]
+
+class Call(NamedTuple):
+    """A request for the subresource of one object; `body` is decoded, None where there is none."""
+
+    registry: Registry
+    method: str
+    resource: ApiResource
+    namespace: str
+    name: str
+    body: Any
+    content_type: str
+
+    def record(self) -> Record:
+        """The object. Raises StatusError (404)."""
+        return self.registry.get(self.resource, self.namespace, self.name)
+
+    def update(self, obj: Json) -> Record:
+        return self.registry.update(self.resource, self.namespace, obj)
+
+
+Handler: TypeAlias = Callable[[Call], tuple[int, Json]]
+"""Returns the HTTP status and the answer. Raises StatusError."""
 
 _SUCCESS: Json = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
 
 
-def _scale(
-    registry: Registry,
-    method: str,
-    resource: ApiResource,
-    namespace: str,
-    name: str,
-    body: Any,
-    content_type: str,
-) -> tuple[int, Json]:
-    if not resource.has_scale:
+def _scale(call: Call) -> tuple[int, Json]:
+    if not call.resource.has_scale:
         raise errors.no_such_path()
-    record = registry.get(resource, namespace, name)
-    scale = _scale_of(record)
-    if method == "GET":
+    record = call.record()
+    scale, body = _scale_of(record), call.body
+    if call.method == "GET":
         return 200, scale
-    if method == "PATCH":
-        patch = patches.json_patch if content_type == JSON_PATCH else patches.merge_patch
+    if call.method == "PATCH":
+        patch = patches.json_patch if call.content_type == JSON_PATCH else patches.merge_patch
         body = patch(scale, body)
-    if body.get("metadata", {}).get("resourceVersion") not in (
-        None,
-        "",
-        record.obj["metadata"]["resourceVersion"],
-    ):
-        raise errors.conflict(resource, name)
+    version = body.get("metadata", {}).get("resourceVersion")
+    if version and version != record.obj["metadata"]["resourceVersion"]:
+        raise errors.conflict(call.resource, call.name)
     new = clone(record.obj)
     new.setdefault("spec", {})["replicas"] = int(tree.value(body, "spec", "replicas") or 0)
-    return 200, _scale_of(registry.update(resource, namespace, new))
+    return 200, _scale_of(call.update(new))
 
 
 def _scale_of(record: Record) -> Json:
@@ -66,69 +76,36 @@ def _scale_of(record: Record) -> Json:
     }
 
 
-def _binding(
-    registry: Registry,
-    method: str,
-    resource: ApiResource,
-    namespace: str,
-    name: str,
-    body: Any,
-    content_type: str,
-) -> tuple[int, Json]:
-    pod = registry.get(resource, namespace, name)
-    node = tree.text(body or {}, "target", "name")
+def _binding(call: Call) -> tuple[int, Json]:
+    pod = call.record()
+    node = tree.text(call.body or {}, "target", "name")
     if not node:
         raise errors.bad_request("a binding names a node in target.name")
     if tree.text(pod.obj, "spec", "nodeName"):
-        why = f"pod {name} is already assigned to node {pod.obj['spec']['nodeName']!r}"
-        raise errors.conflict(resource, name, why)
-    new = {**pod.obj, "spec": {**pod.obj["spec"], "nodeName": node}}
-    registry.update(resource, namespace, clone(new))
+        why = f"pod {call.name} is already assigned to node {pod.obj['spec']['nodeName']!r}"
+        raise errors.conflict(call.resource, call.name, why)
+    call.update(clone({**pod.obj, "spec": {**pod.obj["spec"], "nodeName": node}}))
     return 201, _SUCCESS
 
 
-def _eviction(
-    registry: Registry,
-    method: str,
-    resource: ApiResource,
-    namespace: str,
-    name: str,
-    body: Any,
-    content_type: str,
-) -> tuple[int, Json]:
-    registry.delete(resource, namespace, name)
+def _eviction(call: Call) -> tuple[int, Json]:
+    call.registry.delete(call.resource, call.namespace, call.name)
     return 201, _SUCCESS
 
 
-def _finalize(
-    registry: Registry,
-    method: str,
-    resource: ApiResource,
-    namespace: str,
-    name: str,
-    body: Any,
-    content_type: str,
-) -> tuple[int, Json]:
-    if resource != registry.namespaces or method != "PUT":
+def _finalize(call: Call) -> tuple[int, Json]:
+    if call.resource != call.registry.namespaces or call.method != "PUT":
         raise errors.no_such_path()
-    return 200, registry.update(resource, "", body).obj
+    return 200, call.update(call.body).obj
 
 
-def _refused(
-    registry: Registry,
-    method: str,
-    resource: ApiResource,
-    namespace: str,
-    name: str,
-    body: Any,
-    content_type: str,
-) -> tuple[int, Json]:
-    registry.get(resource, namespace, name)
+def _refused(call: Call) -> tuple[int, Json]:
+    call.record()
     raise StatusError(
         501,
         "NotImplemented",
-        f"the lab's API server does not reach into pods; use `podwire lab logs {name}` or "
-        f"`podwire lab exec {name} -- COMMAND`",
+        f"the lab's API server does not reach into pods; use `podwire lab logs {call.name}` or "
+        f"`podwire lab exec {call.name} -- COMMAND`",
     )
 
 
