@@ -8,16 +8,14 @@ out: connections from the pod's own network, which would be answered past this h
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Collection, Iterable
 
-from podwire.errors import KernelError
 from podwire.kernel import ctnetlink, link, route
 from podwire.kernel.netlink import NetlinkSocket
-from podwire.kernel.nftables import INET, Element, NfTables, Set, Transaction, concat
+from podwire.kernel.nftables import INET, Element, Set, concat
 from podwire.net import Address, Protocol
 from podwire.wiring import HostPort, HostPorts, PodAddress
-from podwire.wiring.tables import deletion, make_table, settle
+from podwire.wiring.tables import PodTable
 from podwire.wiring.veth import network
 
 TABLE = "podwire-hostports"
@@ -71,12 +69,11 @@ class HostPortRules:
 
     def __init__(self, netns_fd: int | None = None) -> None:
         self._netns_fd = netns_fd
-        self._nft = NfTables(netns_fd)
+        self._table = PodTable(TABLE, _STRUCTURE, netns_fd)
         self._host = NetlinkSocket(netns_fd=netns_fd)
-        self._made = False
 
     def close(self) -> None:
-        self._nft.close()
+        self._table.close()
         self._host.close()
 
     def add(self, mappings: HostPorts) -> None:
@@ -85,45 +82,28 @@ class HostPortRules:
         Raises KernelError, also (EEXIST) when another pod has one of the ports; then nothing
         changed.
         """
-        self._ensure()
+        self._table.make()
         self._allow_local_sources(mappings)
-        wanted = list(_elements(mappings))
-        transaction = Transaction()
-        for target, elements in wanted:
-            transaction.add(target, elements)
-        self._nft.commit(transaction)
+        self._table.add(_elements(mappings))
         try:
             self._forget_flows(mappings)
         except BaseException:
-            self._nft.commit(deletion(wanted))
+            self._table.remove(_elements(mappings))
             raise
 
     def remove(self, mappings: HostPorts) -> None:
         """Close the ports; those that are closed already are no error."""
-        wanted = list(_elements(mappings))
-        try:
-            self._nft.commit(deletion(wanted))
-        except KernelError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            self._nft.commit(deletion([(t, self._held(t, elements)) for t, elements in wanted]))
+        self._table.remove(_elements(mappings))
         self._forget_flows(mappings)
-
-    def _held(self, target: Set, elements: list[Element]) -> list[Element]:
-        """Those of the elements that the kernel has."""
-        if TABLE not in self._nft.tables(INET):
-            return []
-        present = {(each.key, each.data, each.end) for each in self._nft.elements(target)}
-        return [each for each in elements if (each.key, each.data, each.end) in present]
 
     def check(self, mappings: HostPorts) -> list[str]:
         """How the live state differs, one sentence each."""
-        if TABLE not in self._nft.tables(INET):
+        if not self._table.exists():
             return [f"there is no nf_tables table inet {TABLE}"]
         return [
             f"host port elements are missing in {target.name} of {TABLE}"
             for target, elements in _elements(mappings)
-            if self._held(target, elements) != elements
+            if self._table.held(target, elements) != elements
         ]
 
     def reconcile(self, mappings: Collection[HostPorts]) -> None:
@@ -131,19 +111,12 @@ class HostPortRules:
         if not mappings:
             self.cleanup()
             return
-        self._ensure()
-        settle(self._nft, TABLE, [pair for each in mappings for pair in _elements(each)])
+        self._table.make()
+        self._table.settle(pair for each in mappings for pair in _elements(each))
 
     def cleanup(self) -> None:
         """Remove the table."""
-        self._made = False
-        if TABLE in self._nft.tables(INET):
-            self._nft.run(f"delete table inet {TABLE}")
-
-    def _ensure(self) -> None:
-        if not self._made or TABLE not in self._nft.tables(INET):
-            make_table(self._nft, TABLE, _STRUCTURE)
-            self._made = True
+        self._table.cleanup()
 
     def _allow_local_sources(self, mappings: HostPorts) -> None:
         """Let packets from 127.0.0.0/8 leave for the pods; their source is masqueraded after."""

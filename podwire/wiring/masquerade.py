@@ -6,13 +6,11 @@ the business of the nodes' part of the data path.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Collection, Iterable, Sequence
 
-from podwire.errors import KernelError
-from podwire.kernel.nftables import INET, Element, NfTables, Set, Transaction, concat
+from podwire.kernel.nftables import INET, Element, Set, concat
 from podwire.wiring import PodAddress
-from podwire.wiring.tables import deletion, make_table, settle
+from podwire.wiring.tables import PodTable
 from podwire.wiring.veth import network
 
 TABLE = "podwire-ipmasq"
@@ -38,45 +36,28 @@ class MasqueradeRules:
     """The masquerading of one namespace (`netns_fd`; default: the caller's)."""
 
     def __init__(self, netns_fd: int | None = None) -> None:
-        self._nft = NfTables(netns_fd)
-        self._made = False
+        self._table = PodTable(TABLE, _STRUCTURE, netns_fd)
 
     def close(self) -> None:
-        self._nft.close()
+        self._table.close()
 
     def add(self, addresses: Sequence[PodAddress]) -> None:
         """Raises KernelError; then nothing changed."""
-        self._ensure()
-        transaction = Transaction()
-        for target, elements in _elements(addresses):
-            transaction.add(target, elements)
-        self._nft.commit(transaction)
+        self._table.make()
+        self._table.add(_elements(addresses))
 
     def remove(self, addresses: Sequence[PodAddress]) -> None:
         """What is gone already is no error."""
-        wanted = list(_elements(addresses))
-        try:
-            self._nft.commit(deletion(wanted))
-        except KernelError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            self._nft.commit(deletion([(t, self._held(t, elements)) for t, elements in wanted]))
-
-    def _held(self, target: Set, elements: list[Element]) -> list[Element]:
-        """Those of the elements that the kernel has."""
-        if not self._exists():
-            return []
-        present = {(each.key, each.end) for each in self._nft.elements(target)}
-        return [each for each in elements if (each.key, each.end) in present]
+        self._table.remove(_elements(addresses))
 
     def check(self, addresses: Sequence[PodAddress]) -> list[str]:
         """How the live state differs, one sentence each."""
-        if not self._exists():
+        if not self._table.exists():
             return [f"there is no nf_tables table inet {TABLE}"]
         return [
             f"elements are missing in {target.name} of {TABLE}"
             for target, elements in _elements(addresses)
-            if self._held(target, elements) != elements
+            if self._table.held(target, elements) != elements
         ]
 
     def reconcile(self, addresses: Collection[PodAddress]) -> None:
@@ -84,22 +65,12 @@ class MasqueradeRules:
         if not addresses:
             self.cleanup()
             return
-        self._ensure()
-        settle(self._nft, TABLE, list(_elements(addresses)))
+        self._table.make()
+        self._table.settle(_elements(addresses))
 
     def cleanup(self) -> None:
         """Remove the table."""
-        self._made = False
-        if self._exists():
-            self._nft.run(f"delete table inet {TABLE}")
-
-    def _ensure(self) -> None:
-        if not self._made or not self._exists():
-            make_table(self._nft, TABLE, _STRUCTURE)
-            self._made = True
-
-    def _exists(self) -> bool:
-        return TABLE in self._nft.tables(INET)
+        self._table.cleanup()
 
 
 def _elements(addresses: Iterable[PodAddress]) -> Iterable[tuple[Set, list[Element]]]:

@@ -1,45 +1,99 @@
-"""nf_tables tables of a constant structure whose elements are the pods."""
+"""nf_tables tables of a constant structure whose elements are the pods'."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 
 from podwire.errors import KernelError
 from podwire.kernel.nftables import INET, Element, NfTables, Set, Transaction
 
-Elements = tuple[Set, Sequence[Element]]
+Elements = Iterable[tuple[Set, Sequence[Element]]]
 
 
-def make_table(nft: NfTables, table: str, script: str) -> None:
-    """Run the script, which flushes the table's rules before it adds them: elements stay.
+class PodTable:
+    """Table ``inet <name>`` of one namespace (`netns_fd`; default: the caller's).
 
-    A table whose sets another version typed otherwise is made anew. Raises KernelError.
+    `script` adds the table, and flushes its rules before it adds them: elements stay.
     """
-    try:
-        nft.run(script)
-    except KernelError:
-        nft.run(f"add table inet {table}\ndelete table inet {table}\n{script}")
+
+    def __init__(self, name: str, script: str, netns_fd: int | None = None) -> None:
+        self._name = name
+        self._script = script
+        self._nft = NfTables(netns_fd)
+        self._made = False
+
+    def close(self) -> None:
+        self._nft.close()
+
+    def exists(self) -> bool:
+        return self._name in self._nft.tables(INET)
+
+    def make(self) -> None:
+        """Make the table, unless this object has made it and it is there.
+
+        One whose sets another version typed otherwise is made anew. Raises KernelError.
+        """
+        if self._made and self.exists():
+            return
+        try:
+            self._nft.run(self._script)
+        except KernelError:
+            table = f"table inet {self._name}"
+            self._nft.run(f"add {table}\ndelete {table}\n{self._script}")
+        self._made = True
+
+    def add(self, elements: Elements) -> None:
+        """Raises KernelError (EEXIST: a key is there with other data); then nothing changed."""
+        transaction = Transaction()
+        for target, some in elements:
+            transaction.add(target, some)
+        self._nft.commit(transaction)
+
+    def remove(self, elements: Elements) -> None:
+        """What is gone already is no error. Raises KernelError."""
+        wanted = list(elements)
+        try:
+            self._delete(wanted)
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            self._delete([(target, self.held(target, some)) for target, some in wanted])
+
+    def _delete(self, elements: Elements) -> None:
+        transaction = Transaction()
+        for target, some in elements:
+            transaction.delete(target, some)
+        self._nft.commit(transaction)
+
+    def held(self, target: Set, elements: Sequence[Element]) -> list[Element]:
+        """Those of the elements that the kernel has, with the same data."""
+        if not self.exists():
+            return []
+        present = {(each.key, each.data, each.end) for each in self._nft.elements(target)}
+        return [each for each in elements if (each.key, each.data, each.end) in present]
+
+    def settle(self, elements: Elements) -> None:
+        """Make all sets of the table hold these elements and no others. Raises KernelError."""
+        names = [name for name in self._nft.sets(INET, self._name) if not _is_anonymous(name)]
+        held = {name: set(self._nft.elements(Set(INET, self._name, name))) for name in names}
+        want: dict[str, set[Element]] = {name: set() for name in held}
+        for target, some in elements:
+            want[target.name].update(some)
+        transaction = Transaction()
+        for name, some in want.items():
+            target = Set(INET, self._name, name)
+            transaction.delete(target, held[name] - some)
+            transaction.add(target, some - held[name])
+        self._nft.commit(transaction)
+
+    def cleanup(self) -> None:
+        """Remove the table, if it is there."""
+        self._made = False
+        if self.exists():
+            self._nft.run(f"delete table inet {self._name}")
 
 
-def settle(nft: NfTables, table: str, wanted: Iterable[Elements]) -> None:
-    """Make all sets of the table hold these elements and no others. Raises KernelError."""
-    names = [
-        name for name in nft.sets(INET, table) if not name.startswith("__")
-    ]  # else a rule's own
-    held = {name: set(nft.elements(Set(INET, table, name))) for name in names}
-    want: dict[str, set[Element]] = {name: set() for name in held}
-    for target, elements in wanted:
-        want[target.name].update(elements)
-    transaction = Transaction()
-    for name, elements in want.items():
-        target = Set(INET, table, name)
-        transaction.delete(target, held[name] - elements)
-        transaction.add(target, elements - held[name])
-    nft.commit(transaction)
-
-
-def deletion(wanted: Iterable[Elements]) -> Transaction:
-    transaction = Transaction()
-    for target, elements in wanted:
-        transaction.delete(target, elements)
-    return transaction
+def _is_anonymous(name: str) -> bool:
+    """Whether a set is a rule's own: ``{ tcp, udp }``."""
+    return name.startswith("__")
