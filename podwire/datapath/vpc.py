@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from podwire.datapath import Requirement
-from podwire.net import Address, Prefix, parse_prefix
+from podwire.net import Address, Prefix, format_address, parse_prefix
 
 MULTICAST = parse_prefix("224.0.0.0/4")  # never leaves by routing, and must keep its source
 
@@ -26,6 +26,14 @@ class VpcTable:
     random_ports: str = "prng"  # prng: fully random, hashrandom: random, none
     mark: int = 0x80
     pod_links: str = "eni"  # how the host ends of pods' links begin
+
+    def status(self) -> dict[str, object]:
+        """For `podwire status`."""
+        return {
+            "uplink": self.uplink,
+            "snat": format_address(self.primary) if self.snat else "external",
+            "near": [str(prefix) for prefix in self.near],
+        }
 
 
 def needs(uplink: str) -> tuple[Requirement, ...]:

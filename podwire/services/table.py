@@ -140,6 +140,11 @@ class ProxyConfig:
     external_ips: tuple[Prefix, ...] | None = None
     """The ranges in which externalIPs are served; None: everywhere (see CVE-2020-8554)."""
 
+    @property
+    def serves_loopback(self) -> bool:
+        """Whether node ports are served on 127.0.0.1, which needs route_localnet."""
+        return self.localhost_nodeports or "localhost" in self.nodeport_addresses
+
 
 @dataclass(frozen=True)
 class NodeFacts:

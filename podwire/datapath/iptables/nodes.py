@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from podwire.datapath import Requirement
-from podwire.datapath.iptables.ruleset import Member, Names, Ruleset, Update, Wanted
-from podwire.errors import Unsupported
-from podwire.kernel.ipset import IpSet, IpSets, net_elements
-from podwire.kernel.iptables import Flavour, Hook, Iptables, Rules, detect_flavour
+from podwire.datapath.iptables.families import FAMILIES, Rulesets
+from podwire.datapath.iptables.ruleset import Member, Names, Update, Wanted
+from podwire.datapath.nodes import needs
+from podwire.kernel.ipset import IpSet, net_elements
+from podwire.kernel.iptables import Flavour, Hook, Rules
 from podwire.net import Prefix
 from podwire.nodes import RouteTable
 from podwire.services import Family
@@ -25,21 +26,15 @@ _NOT_OUT: dict[Family, tuple[str, ...]] = {
     4: ("224.0.0.0/4", "255.255.255.255/32"),
     6: ("fe80::/10", "ff00::/8"),
 }
-_FAMILIES: tuple[Family, Family] = (4, 6)
-_FORWARD_IPV4 = Requirement("net.ipv4.ip_forward", "1", "pods are behind this node")
-_FORWARD_IPV6 = Requirement("net.ipv6.conf.all.forwarding", "1", "pods are behind this node")
 
 
 class NodesPart:
     """The masquerade half of a RouteTable; the routes are `wiring.routes`."""
 
-    requirements: Sequence[Requirement] = (_FORWARD_IPV4,)
+    requirements: Sequence[Requirement] = needs(None)
 
     def __init__(self, netns_fd: int | None = None, flavour: Flavour | None = None) -> None:
-        self._flavour: Flavour = flavour or detect_flavour(netns_fd)
-        self._iptables = {f: Iptables(f, self._flavour, netns_fd) for f in _FAMILIES}
-        sets = IpSets(netns_fd)
-        self._kernel = {f: Ruleset(self._iptables[f], sets, _names(f), _HOOKS) for f in _FAMILIES}
+        self._kernel = Rulesets(netns_fd, flavour, _names, _HOOKS)
         self._held: dict[Family, Wanted] = {}  # empty: not known
         self._table: RouteTable | None = None
 
@@ -48,27 +43,24 @@ class NodesPart:
 
     def start(self) -> None:
         """What an earlier process left stays in force until the first table is applied."""
-        for iptables in self._iptables.values():
-            if not iptables.exists():
-                raise Unsupported(f"{iptables} is missing: install the package iptables")
+        self._kernel.require_programs()
         self._held, self._table = {}, None
 
     def apply(self, table: RouteTable) -> None:
         """Make the sets hold `table`'s prefixes."""
         if table is self._table and self._held:
             return
-        wanted: dict[Family, Wanted] = {f: _wanted(table, f) for f in _FAMILIES}
+        wanted: dict[Family, Wanted] = {f: _wanted(table, f) for f in FAMILIES}
         held = self._held
         self._held = {}  # until all is written, it is not known
-        for family in _FAMILIES:
+        for family in FAMILIES:
             kernel = self._kernel[family]
             if held:
                 kernel.write(_update(held[family], wanted[family]))
             else:
                 kernel.replace(wanted[family])
         self._held, self._table = wanted, table
-        ipv6 = any(prefix.bits == 128 for prefix in table.pod_prefixes)
-        self.requirements = (_FORWARD_IPV4, _FORWARD_IPV6) if ipv6 else (_FORWARD_IPV4,)
+        self.requirements = needs(table)
 
     def flush(self) -> None:
         """Nothing waits: nodes leave rarely."""
@@ -82,16 +74,11 @@ class NodesPart:
 
     def cleanup(self) -> None:
         """Remove all of ours."""
-        for kernel in self._kernel.values():
-            kernel.remove()
+        self._kernel.remove()
         self._held, self._table = {}, None
 
     def status(self) -> dict[str, object]:
-        return {
-            name: len(elements)
-            for wanted in self._held.values()
-            for name, elements in wanted.elements.items()
-        }
+        return {name: size for held in self._held.values() for name, size in held.sizes().items()}
 
 
 def _names(family: Family) -> Names:

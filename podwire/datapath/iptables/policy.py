@@ -12,19 +12,15 @@ from collections.abc import Sequence
 
 from podwire.datapath import Requirement
 from podwire.datapath.counts import PolicyCount
+from podwire.datapath.iptables.families import FAMILIES, Rulesets
 from podwire.datapath.iptables.policy_rules import hooks, names
 from podwire.datapath.iptables.policy_spelling import FamilyPolicies
-from podwire.datapath.iptables.ruleset import Ruleset, Wanted
-from podwire.datapath.nftables.policy import BRIDGE_REQUIREMENTS
-from podwire.errors import PodwireError, Unsupported
-from podwire.kernel.ipset import IpSets
-from podwire.kernel.iptables import Flavour, Iptables, detect_flavour
+from podwire.datapath.iptables.ruleset import Wanted
+from podwire.datapath.policy import BRIDGE_REQUIREMENTS
+from podwire.errors import PodwireError
+from podwire.kernel.iptables import Flavour
 from podwire.policy import PolicyTable
 from podwire.services import Family
-
-_FAMILIES: tuple[Family, Family] = (4, 6)
-_WHOLE_CHECK = 10
-"""Every so many checks compare everything, whatever the cheap look says."""
 
 
 class PolicyPart:
@@ -37,15 +33,11 @@ class PolicyPart:
         flavour: Flavour | None = None,
     ) -> None:
         self.requirements: Sequence[Requirement] = BRIDGE_REQUIREMENTS if bridge else ()
-        self.flavour: Flavour = flavour or detect_flavour(netns_fd)
-        sets = IpSets(netns_fd)
-        self._iptables = {f: Iptables(f, self.flavour, netns_fd) for f in _FAMILIES}
-        self._kernel = {f: Ruleset(self._iptables[f], sets, names(f), hooks()) for f in _FAMILIES}
+        self._kernel = Rulesets(netns_fd, flavour, names, hooks())
         self._bridge = bridge or ""
         self._spelling = self._fresh_spelling()
         self._held: dict[Family, Wanted] = {}  # empty: not known
         self._table: PolicyTable | None = None
-        self._checks = 0
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -54,9 +46,7 @@ class PolicyPart:
     def start(self) -> None:
         """What an earlier process left stays in force until the first table is applied."""
         with self._lock:
-            for iptables in self._iptables.values():
-                if not iptables.exists():
-                    raise Unsupported(f"{iptables} is missing: install the package iptables")
+            self._kernel.require_programs()
             self._forget()
 
     def apply(self, table: PolicyTable) -> None:
@@ -83,39 +73,37 @@ class PolicyPart:
     def flush(self) -> None:
         """Take away chains and sets that nothing uses any more."""
         with self._lock:
-            for kernel in self._kernel.values():
-                kernel.flush()
+            self._kernel.flush()
 
     def verify(self) -> list[str]:
         """Compare rules and sets with the table, repair, and name each repair."""
         with self._lock:
             if self._table is None:
                 return []
-            self._checks += 1
-            if self._held and self._checks % _WHOLE_CHECK and self._looks_intact():
+            if self._held and self._kernel.look_intact(
+                {family: held.sizes() for family, held in self._held.items()}
+            ):
                 return []
             table = self._table
             self._forget()
             repairs = self._replace(table)
-            for kernel in self._kernel.values():
-                kernel.flush()
+            self._kernel.flush()
             return repairs
 
     def cleanup(self) -> None:
         """Remove all of ours."""
         with self._lock:
-            for kernel in self._kernel.values():
-                kernel.remove()
+            self._kernel.remove()
             self._forget()
             self._table = None
 
     def status(self) -> dict[str, object]:
         out: dict[str, object] = {
-            "flavour": self.flavour,
+            "flavour": self._kernel.flavour,
             "revision": self._table.revision if self._table else 0,
         }
         for family, held in self._held.items():
-            out[str(self._iptables[family])] = {
+            out[str(self._kernel.iptables[family])] = {
                 "chains": len(held.chains),
                 "sets": len(held.sets),
                 "elements": sum(map(len, held.elements.values())),
@@ -131,20 +119,12 @@ class PolicyPart:
         counted: dict[PolicyCount, int] = {}
         for family, spelling in self._spelling.items():
             for reason in spelling.reasons:
-                found = self._iptables[family].counters("mangle", reason.chain)
+                found = self._kernel.iptables[family].counters("mangle", reason.chain)
                 policies = (reason.policy,) if reason.policy is not None else reason.isolating
                 count = PolicyCount(reason.verdict, reason.direction, policies, 0)
                 counted[count] = counted.get(count, 0) + (found[-1] if found else 0)
         counts = [count._replace(packets=packets) for count, packets in counted.items()]
         return sorted(counts, key=lambda count: -count.packets)
-
-    def _looks_intact(self) -> bool:
-        return all(
-            self._kernel[family].looks_intact(
-                {name: len(content) for name, content in held.elements.items()}
-            )
-            for family, held in self._held.items()
-        )
 
     def _replace(self, table: PolicyTable) -> list[str]:
         repairs: list[str] = []
@@ -160,4 +140,4 @@ class PolicyPart:
         self._spelling = self._fresh_spelling()
 
     def _fresh_spelling(self) -> dict[Family, FamilyPolicies]:
-        return {family: FamilyPolicies(family, self._bridge) for family in _FAMILIES}
+        return {family: FamilyPolicies(family, self._bridge) for family in FAMILIES}

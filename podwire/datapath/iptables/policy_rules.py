@@ -19,12 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from podwire.datapath.iptables.ruleset import Names
-from podwire.datapath.nftables.policy_rules import (
-    AUDITED_PREFIX,
-    DENIED_PREFIX,
-    LOG_GROUP,
-    SNAPLEN,
-)
+from podwire.datapath.policy import AUDITED_PREFIX, DENIED_PREFIX, LOG_GROUP, SNAPLEN
 from podwire.kernel.iptables import Hook, Rules
 from podwire.net import format_address
 from podwire.policy import Endpoint, Verdict

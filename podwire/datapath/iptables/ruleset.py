@@ -50,6 +50,10 @@ class Wanted:
     sets: Mapping[str, IpSet]
     elements: Mapping[str, Collection[str]]
 
+    def sizes(self) -> dict[str, int]:
+        """Elements by set."""
+        return {name: len(elements) for name, elements in self.elements.items()}
+
     def since(self, old: Wanted) -> Update:
         """What leads from `old` to this, where the elements of a set never change."""
         new_sets = [each for name, each in self.sets.items() if name not in old.sets]

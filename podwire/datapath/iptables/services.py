@@ -11,26 +11,15 @@ import threading
 from collections.abc import Sequence
 
 from podwire.datapath import Requirement
-from podwire.datapath.iptables.ruleset import Ruleset
+from podwire.datapath.iptables.families import FAMILIES, Rulesets
 from podwire.datapath.iptables.services_family import FamilyRules
-from podwire.datapath.iptables.services_rules import CHAIN, hooks, names, serves_loopback
-from podwire.errors import KernelError, Unsupported
-from podwire.kernel.ipset import IpSets
-from podwire.kernel.iptables import Flavour, Iptables, detect_flavour
+from podwire.datapath.iptables.services_rules import CHAIN, hooks, names
+from podwire.datapath.services import needs
+from podwire.errors import KernelError
+from podwire.kernel.iptables import Flavour
 from podwire.services import Family, ProxyConfig, ServiceTable
 
 log = logging.getLogger("podwire.datapath.iptables.services")
-
-_FAMILIES: tuple[Family, Family] = (4, 6)
-_FORWARD = (
-    Requirement("net.ipv4.ip_forward", "1", "backends are behind this node"),
-    Requirement("net.ipv6.conf.all.forwarding", "1", "backends are behind this node"),
-)
-_LOCALNET = Requirement(
-    "net.ipv4.conf.all.route_localnet", "1", "node ports are served on 127.0.0.1"
-)
-_WHOLE_CHECK = 10
-"""Every so many checks compare everything, whatever the cheap look says."""
 
 
 class ServicesPart:
@@ -39,19 +28,11 @@ class ServicesPart:
     def __init__(
         self, config: ProxyConfig, netns_fd: int | None = None, flavour: Flavour | None = None
     ) -> None:
-        loopback = (_LOCALNET,) if serves_loopback(config) else ()
-        self.requirements: Sequence[Requirement] = (*_FORWARD, *loopback)
-        self.flavour: Flavour = flavour or detect_flavour(netns_fd)
-        sets = IpSets(netns_fd)
-        self._iptables = {f: Iptables(f, self.flavour, netns_fd) for f in _FAMILIES}
-        self._rules = {family: FamilyRules(family, config) for family in _FAMILIES}
-        self._kernel = {
-            family: Ruleset(self._iptables[family], sets, names(family), hooks())
-            for family in _FAMILIES
-        }
+        self.requirements: Sequence[Requirement] = needs(config)
+        self._kernel = Rulesets(netns_fd, flavour, names, hooks())
+        self._rules: dict[Family, FamilyRules] = {f: FamilyRules(f, config) for f in FAMILIES}
         self._table: ServiceTable | None = None
         self._trusted = False  # whether the kernel holds what we think it holds
-        self._checks = 0
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -60,9 +41,7 @@ class ServicesPart:
     def start(self) -> None:
         """What an earlier process left stays in force until the first table is applied."""
         with self._lock:
-            for iptables in self._iptables.values():
-                if not iptables.exists():
-                    raise Unsupported(f"{iptables} is missing: install the package iptables")
+            self._kernel.require_programs()
             self._table, self._trusted = None, False
 
     def apply(self, table: ServiceTable) -> None:
@@ -83,33 +62,31 @@ class ServicesPart:
     def flush(self) -> None:
         """Take away chains and sets that nothing uses any more."""
         with self._lock:
-            for kernel in self._kernel.values():
-                kernel.flush()
+            self._kernel.flush()
 
     def verify(self) -> list[str]:
         """Compare rules and sets with the table, repair, and name each repair."""
         with self._lock:
             if self._table is None:
                 return []
-            self._checks += 1
-            if self._trusted and self._checks % _WHOLE_CHECK and self._looks_intact():
+            if self._trusted and self._kernel.look_intact(
+                {family: rules.sizes() for family, rules in self._rules.items()}
+            ):
                 return []
             repairs = self._apply_all(self._table)
-            for kernel in self._kernel.values():
-                kernel.flush()
+            self._kernel.flush()
             return repairs
 
     def cleanup(self) -> None:
         """Remove all of ours. Translated connections go on: conntrack keeps their addresses."""
         with self._lock:
-            for kernel in self._kernel.values():
-                kernel.remove()
+            self._kernel.remove()
             self._table, self._trusted = None, False
 
     def status(self) -> dict[str, object]:
         """By family: elements, what waits, and packets refused and dropped so far."""
-        out: dict[str, object] = {"flavour": self.flavour}
-        for family, iptables in self._iptables.items():
+        out: dict[str, object] = {"flavour": self._kernel.flavour}
+        for family, iptables in self._kernel.iptables.items():
             out[str(iptables)] = {
                 "elements": sum(self._rules[family].sizes().values()),
                 "waiting_deletes": self._kernel[family].waiting,
@@ -118,11 +95,6 @@ class ServicesPart:
                 + sum(iptables.counters("mangle", f"{CHAIN}DISCARD")),
             }
         return out
-
-    def _looks_intact(self) -> bool:
-        return all(
-            self._kernel[family].looks_intact(self._rules[family].sizes()) for family in _FAMILIES
-        )
 
     def _apply_changes(self, old: ServiceTable, new: ServiceTable) -> None:
         delta = new.delta(old)

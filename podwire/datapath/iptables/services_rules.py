@@ -102,7 +102,7 @@ def fixed_chains(family: Family, config: ProxyConfig) -> dict[ChainKey, Rules]:
         return f"-m set {no}--match-set {set_name(family, name)} {flags}"
 
     to_node = f"-m addrtype --dst-type LOCAL {match('node-addresses', 'dst')}"
-    if not (serves_loopback(config) and family == 4):
+    if not (config.serves_loopback and family == 4):
         to_node = f"! -d {'127.0.0.0/8' if family == 4 else '::1/128'} {to_node}"
     unreachable = "icmp-port-unreachable" if family == 4 else "icmp6-port-unreachable"
     new = "-m conntrack --ctstate NEW"
@@ -173,14 +173,9 @@ def _cluster_ip(family: Family, config: ProxyConfig) -> list[str]:
 
 def _loopback_guard(family: Family, config: ProxyConfig) -> list[str]:
     """With route_localnet on, nobody but the node may speak to 127.0.0.0/8 (CVE-2020-8558)."""
-    if family != 4 or not serves_loopback(config):
+    if family != 4 or not config.serves_loopback:
         return []
     return [
         f"-d 127.0.0.0/8 ! -i lo -j {CHAIN}DISCARD",
         f"-s 127.0.0.0/8 ! -i lo -j {CHAIN}DISCARD",
     ]
-
-
-def serves_loopback(config: ProxyConfig) -> bool:
-    """Whether node ports are served on 127.0.0.1, which needs route_localnet."""
-    return config.localhost_nodeports or "localhost" in config.nodeport_addresses

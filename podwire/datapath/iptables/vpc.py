@@ -67,14 +67,7 @@ class VpcPart:
         self._table = None
 
     def status(self) -> dict[str, object]:
-        table = self._table
-        if table is None:
-            return {}
-        return {
-            "uplink": table.uplink,
-            "snat": format_address(table.primary) if table.snat else "external",
-            "near": [str(prefix) for prefix in table.near],
-        }
+        return self._table.status() if self._table else {}
 
     def _write(self, table: VpcTable) -> None:
         for name, (chains, hooks) in rules(table).items():

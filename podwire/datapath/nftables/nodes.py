@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 
 from podwire.datapath import Requirement
 from podwire.datapath.nftables.fixed import FixedTable
+from podwire.datapath.nodes import needs
+from podwire.datapath.prefixes import widest
 from podwire.kernel.nftables import (
     INET,
     Element,
@@ -46,8 +48,6 @@ table inet {TABLE} {{
 }}
 """
 
-_FORWARD_IPV4 = Requirement("net.ipv4.ip_forward", "1", "pods are behind this node")
-_FORWARD_IPV6 = Requirement("net.ipv6.conf.all.forwarding", "1", "pods are behind this node")
 
 _Ranges = frozenset[tuple[Address, Address]]  # inclusive, disjoint
 
@@ -55,7 +55,7 @@ _Ranges = frozenset[tuple[Address, Address]]  # inclusive, disjoint
 class NodesPart:
     """The masquerade half of a RouteTable; the routes are `wiring.routes`."""
 
-    requirements: Sequence[Requirement] = (_FORWARD_IPV4,)
+    requirements: Sequence[Requirement] = needs(None)
 
     def __init__(self, netns_fd: int | None = None) -> None:
         self._nft = NfTables(netns_fd)
@@ -77,8 +77,7 @@ class NodesPart:
             return
         self._commit(_wanted(table))
         self._table = table
-        ipv6 = any(prefix.bits == 128 for prefix in table.pod_prefixes)
-        self.requirements = (_FORWARD_IPV4, _FORWARD_IPV6) if ipv6 else (_FORWARD_IPV4,)
+        self.requirements = needs(table)
 
     def flush(self) -> None:
         """Nothing waits: nodes leave rarely."""
@@ -129,18 +128,14 @@ _SETS = (*_PODS.values(), *_CLUSTER.values())
 def _wanted(table: RouteTable) -> dict[Set, _Ranges]:
     wanted: dict[Set, _Ranges] = {}
     for size in (4, 16):
-        wanted[_PODS[size]] = _disjoint(table.pod_prefixes, size)
-        wanted[_CLUSTER[size]] = _disjoint(table.cluster_prefixes, size)
+        wanted[_PODS[size]] = _ranges(table.pod_prefixes, size)
+        wanted[_CLUSTER[size]] = _ranges(table.cluster_prefixes, size)
     return wanted
 
 
-def _disjoint(prefixes: Iterable[Prefix], size: int) -> _Ranges:
-    """The prefixes of one family that no other one covers: the kernel wants disjoint intervals."""
-    ranges: list[tuple[Address, Address]] = []
-    for prefix in sorted(p for p in prefixes if len(p.address) == size):  # the wider one first
-        if not ranges or prefix.first > ranges[-1][1]:
-            ranges.append((prefix.first, prefix.last))
-    return frozenset(ranges)
+def _ranges(prefixes: Iterable[Prefix], size: int) -> _Ranges:
+    """The kernel wants disjoint intervals."""
+    return frozenset((prefix.first, prefix.last) for prefix in widest(prefixes, size * 8))
 
 
 def _elements(ranges: _Ranges) -> list[Element]:

@@ -29,13 +29,10 @@ fields one by one, but sews those of one field together, so that none could chan
 
 from __future__ import annotations
 
+from podwire.datapath.policy import AUDITED_PREFIX, DENIED_PREFIX, LOG_GROUP, SNAPLEN
 from podwire.kernel.nftables import BRIDGE, INET, Set, expressions, goto, jump
 
 TABLE = "podwire-policy"
-LOG_GROUP = 4647
-DENIED_PREFIX = "podwire denied"
-AUDITED_PREFIX = "podwire audited"
-SNAPLEN = 128
 _LIMIT = "limit rate 100/second burst 200 packets"
 
 EXACT, RANGES = Set(INET, TABLE, "exact"), Set(INET, TABLE, "ranges")

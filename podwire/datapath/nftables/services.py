@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from podwire.datapath import Requirement
 from podwire.datapath.nftables.services_elements import counting, target
 from podwire.datapath.nftables.services_family import FamilyTable
-from podwire.datapath.nftables.services_rules import serves_loopback
+from podwire.datapath.services import needs
 from podwire.errors import KernelError
 from podwire.kernel.nftables import NfTables, Set, Transaction
 from podwire.services import Family, Frontend, ProxyConfig, ServicePort, ServiceTable
@@ -22,21 +22,13 @@ from podwire.services import Family, Frontend, ProxyConfig, ServicePort, Service
 log = logging.getLogger("podwire.datapath.nftables.services")
 
 _FAMILIES: tuple[Family, Family] = (4, 6)
-_FORWARD = (
-    Requirement("net.ipv4.ip_forward", "1", "backends are behind this node"),
-    Requirement("net.ipv6.conf.all.forwarding", "1", "backends are behind this node"),
-)
-_LOCALNET = Requirement(
-    "net.ipv4.conf.all.route_localnet", "1", "node ports are served on 127.0.0.1"
-)
 
 
 class ServicesPart:
     """A ServiceTable in the kernel. Thread-safe; see `podwire.datapath.Part`."""
 
     def __init__(self, config: ProxyConfig, netns_fd: int | None = None) -> None:
-        loopback = (_LOCALNET,) if serves_loopback(config) else ()
-        self.requirements: Sequence[Requirement] = (*_FORWARD, *loopback)
+        self.requirements: Sequence[Requirement] = needs(config)
         self._nft = NfTables(netns_fd)
         self._families = {family: FamilyTable(self._nft, family, config) for family in _FAMILIES}
         self._table: ServiceTable | None = None

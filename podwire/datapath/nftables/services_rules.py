@@ -292,17 +292,12 @@ def _pod(words: Words, config: ProxyConfig, negation: str) -> str:
 
 def _loopback_guard(words: Words, config: ProxyConfig) -> list[str]:
     """With route_localnet on, nobody but the node may speak to 127.0.0.0/8 (CVE-2020-8558)."""
-    if words.ip != "ip" or not serves_loopback(config):
+    if words.ip != "ip" or not config.serves_loopback:
         return []
     return [
         'iifname != "lo" ip daddr 127.0.0.0/8 goto discard',
         'iifname != "lo" ip saddr 127.0.0.0/8 goto discard',
     ]
-
-
-def serves_loopback(config: ProxyConfig) -> bool:
-    """Whether node ports are served on 127.0.0.1, which needs route_localnet."""
-    return config.localhost_nodeports or "localhost" in config.nodeport_addresses
 
 
 def _of_family(words: Words, prefixes: tuple[Prefix, ...]) -> list[Prefix]:

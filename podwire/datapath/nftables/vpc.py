@@ -70,14 +70,7 @@ class VpcPart:
         self._table = None
 
     def status(self) -> dict[str, object]:
-        table = self._table
-        if table is None:
-            return {}
-        return {
-            "uplink": table.uplink,
-            "snat": format_address(table.primary) if table.snat else "external",
-            "near": [str(prefix) for prefix in table.near],
-        }
+        return self._table.status() if self._table else {}
 
     def _held(self) -> tuple[list[tuple[str, bytes]], list[Element]]:
         if TABLE not in self._nft.tables(IP):
