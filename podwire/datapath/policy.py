@@ -9,6 +9,7 @@ BRIDGE_REQUIREMENTS = tuple(
         f"net.bridge.bridge-nf-call-{family}tables",
         "1",
         "without it policies between pods of one node are bypassed in silence",
+        module="br_netfilter",
     )
     for family in ("ip", "ip6")
 )
