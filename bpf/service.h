@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Services: which frontend a packet addresses, and which backend it gets.
  *
- * A frontend names two runs of slots in one array of backends: the cluster's and this node's. User
- * space writes a new run first and then points the frontend to it in one update, so that no packet
- * sees a half-written list; freed runs are reused only after a grace period.
+ * A frontend names two runs of slots in one array of backends, the cluster's and this node's, and the
+ * Maglev table of one of them. User space writes a new run first and then points the frontend to it in
+ * one update, so that no packet sees a half-written list; freed runs are reused only after a grace period.
  */
 #pragma once
 
@@ -16,8 +16,6 @@ enum frontend_flag {
 	FRONTEND_RANGED = 4, /* loadBalancerSourceRanges hold */
 	FRONTEND_MASQUERADE = 8, /* whoever asks */
 	FRONTEND_HAS_ENDPOINTS = 16, /* somewhere: an empty list drops; without, it rejects */
-	FRONTEND_MAGLEV = 32, /* lists are Maglev tables: the flow's hash chooses */
-	FRONTEND_DSR = 64, /* backends on other nodes answer the client themselves */
 };
 
 struct frontend_key {
@@ -38,6 +36,13 @@ struct frontend {
 	__u32 affinity_s; /* 0: no session affinity */
 	struct slots cluster;
 	struct slots local;
+	struct slots maglev; /* for the list that clients outside get; `count` entries. None: random */
+};
+
+/* Maglev tables are runs of these: where in the list of backends an entry points to. */
+#define MAGLEV_ENTRIES 4
+struct maglev {
+	__u16 offsets[MAGLEV_ENTRIES];
 };
 
 struct backend {
@@ -97,6 +102,7 @@ struct affinity {
 
 GROWING_MAP(frontends, 1, BPF_MAP_TYPE_HASH, struct frontend_key, struct frontend, BPF_F_NO_PREALLOC);
 GROWING_MAP(backends, 1, BPF_MAP_TYPE_ARRAY, __u32, struct backend, BPF_F_INNER_MAP);
+GROWING_MAP(tables, 1, BPF_MAP_TYPE_ARRAY, __u32, struct maglev, BPF_F_INNER_MAP);
 GROWING_MAP(members, 1, BPF_MAP_TYPE_HASH, struct member_key, __u8, BPF_F_NO_PREALLOC);
 GROWING_MAP(addresses, 1, BPF_MAP_TYPE_HASH, struct address, __u32, BPF_F_NO_PREALLOC);
 GROWING_MAP(ranges, 1, BPF_MAP_TYPE_LPM_TRIE, struct range_key, __u8, BPF_F_NO_PREALLOC);
@@ -143,7 +149,6 @@ struct choice {
 	__u32 service;
 	__u32 reason; /* of VERDICT_DROP */
 	bool masquerade;
-	bool dsr;
 };
 
 static __always_inline const struct settings *current_settings(void)
@@ -210,33 +215,51 @@ static __always_inline bool is_member(__u32 service, bool local, const struct ad
 	return map && bpf_map_lookup_elem(map, &key);
 }
 
-/* A number that is the same for the same flow on every node. */
-static __always_inline __u32 flow_hash(const struct flow *flow, bool with_ports)
+static __always_inline __u64 mix(__u64 value)
 {
-	__u64 hash = flow->source.halves[0] * 0x9e3779b97f4a7c15ULL ^ flow->source.halves[1];
+	value = (value ^ value >> 32) * 0xd6e8feb86659fd93ULL;
+	return value ^ value >> 32;
+}
 
-	hash = (hash ^ (hash >> 32)) * 0xd6e8feb86659fd93ULL;
-	hash ^= flow->destination.halves[0] ^ flow->destination.halves[1] ^ flow->protocol;
-	if (with_ports)
-		hash ^= (__u64)flow->source_port << 48 | (__u64)flow->destination_port << 32;
-	hash = (hash ^ (hash >> 32)) * 0xd6e8feb86659fd93ULL;
-	return hash ^ (hash >> 32);
+/* A number that is the same for the same client on every node, whichever address of the Service it
+ * uses: a balancer before the nodes may change that. `with_port`: for each of its connections. */
+static __always_inline __u32 client_hash(const struct flow *flow, bool with_port)
+{
+	__u64 hash = mix(flow->source.halves[0]) ^ flow->source.halves[1];
+
+	hash = mix(hash) ^ (__u64)flow->destination_port << 16 ^ (__u64)flow->protocol << 32;
+	return mix(with_port ? hash ^ flow->source_port : hash);
+}
+
+/* Which of the `count` backends of a list. For what comes from outside, XDP and tcx must choose the same:
+ * what the one passes on, the other decides anew. */
+static __always_inline __u32 pick_number(const struct flow *flow, const struct frontend *frontend,
+					 enum origin origin, __u32 count)
+{
+	void *map = current_map(&tables);
+	__u32 entry, slot;
+	struct maglev *found;
+
+	if (origin != ORIGIN_OUTSIDE)
+		return bpf_get_prandom_u32() % count;
+	if (!frontend->maglev.count || !map)
+		return mix(client_hash(flow, true) ^ now_seconds()) % count;
+	entry = client_hash(flow, !frontend->affinity_s) % frontend->maglev.count;
+	slot = frontend->maglev.first + entry / MAGLEV_ENTRIES;
+	found = bpf_map_lookup_elem(map, &slot);
+	return found ? found->offsets[entry % MAGLEV_ENTRIES] % count : 0;
 }
 
 static __always_inline bool pick(const struct flow *flow, const struct frontend *frontend,
-				 const struct slots *list, struct backend *out)
+				 const struct slots *list, enum origin origin, struct backend *out)
 {
 	void *map = current_map(&backends);
 	struct backend *found;
-	__u32 number, slot;
+	__u32 slot;
 
 	if (!map || !list->count)
 		return false;
-	if (frontend->flags & FRONTEND_MAGLEV)
-		number = flow_hash(flow, !frontend->affinity_s);
-	else
-		number = bpf_get_prandom_u32();
-	slot = list->first + number % list->count;
+	slot = list->first + pick_number(flow, frontend, origin, list->count);
 	found = bpf_map_lookup_elem(map, &slot);
 	if (!found || found->service != frontend->service)
 		return false;
@@ -330,12 +353,11 @@ static __always_inline enum verdict choose(const struct flow *flow, const struct
 	}
 	if (!frontend->affinity_s || !recall(frontend, local, &key, &out->backend)) {
 		out->reason = REASON_REPLACED;
-		if (!pick(flow, frontend, list, &out->backend))
+		if (!pick(flow, frontend, list, origin, &out->backend))
 			return VERDICT_DROP;
 		if (frontend->affinity_s)
 			remember(&key, &out->backend, frontend->affinity_s);
 	}
-	out->dsr = frontend->flags & FRONTEND_DSR;
 	out->masquerade = !(out->backend.flags & BACKEND_THIS_NODE) &&
 			  (is_masqueraded(frontend, origin) ||
 			   same_address(&out->backend.address, &flow->source));

@@ -62,7 +62,8 @@ class DataPath:
 
     def services(self, config: ProxyConfig) -> Part[ServiceTable]:
         if self.programs is not None:
-            return EbpfServicesPart(config, programs=self.programs)
+            balancing = ebpf.balancing(self._options)
+            return EbpfServicesPart(config, programs=self.programs, balancing=balancing)
         if self.name == "iptables":
             return IptablesServicesPart(config, flavour=self._flavour)
         return NftablesServicesPart(config)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from podwire.agent.options import Options
 from podwire.agent.pods import Gate
+from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.programs import Programs, missing
 from podwire.kernel.bpf import features
@@ -30,6 +31,11 @@ def make_programs(options: Options) -> Programs:
         wanted.append("masquerade")
     programs.enable(*wanted)
     return programs
+
+
+def balancing(options: Options) -> Balancing:
+    """How Services are balanced."""
+    return Balancing(options.lb_algorithm, options.maglev_table_size)
 
 
 class EbpfGate:

@@ -15,6 +15,8 @@ from typing import Any, cast
 
 import yaml
 
+from podwire.datapath.ebpf.balancing import ALGORITHMS
+from podwire.datapath.ebpf.maglev import DEFAULT_SIZE, SIZES
 from podwire.errors import ConfigError, InvalidObject
 from podwire.net import parse_prefix
 
@@ -59,6 +61,9 @@ class Options:
     interface_name_prefix: str = ""
     masquerade_all: bool = False
     external_ips: tuple[str, ...] | None = None  # None: all; (): none; else only these ranges
+    # Services from outside the cluster, in the words of Cilium's loadBalancer section; eBPF only
+    lb_algorithm: str = "random"
+    maglev_table_size: int = DEFAULT_SIZE
     conntrack: ConntrackOptions = ConntrackOptions()
     healthz_bind_address: str = "0.0.0.0:10256"
     metrics_bind_address: str = "127.0.0.1:10249"
@@ -79,9 +84,13 @@ class Options:
             ("--wiring", self.wiring, WIRINGS),
             ("--routing", self.routing, ROUTINGS),
             ("--datapath", self.datapath, DATAPATHS),
+            ("--lb-algorithm", self.lb_algorithm, ALGORITHMS),
+            ("--maglev-table-size", self.maglev_table_size, SIZES),
         ):
             if value not in allowed:
-                raise ConfigError(f"{flag} takes one of {', '.join(allowed)}, not {value!r}")
+                known = ", ".join(map(str, allowed))
+                raise ConfigError(f"{flag} takes one of {known}, not {value!r}")
+        self._check_balancing()
         for part in self.parts:
             if part not in PARTS:
                 raise ConfigError(f"--only takes {', '.join(PARTS)}, not {part!r}")
@@ -109,6 +118,11 @@ class Options:
             return replace(self, wiring="routed").checked()
         name = self.node_name or os.environ.get("NODE_NAME") or socket.gethostname().lower()
         return replace(self, node_name=name)
+
+    def _check_balancing(self) -> None:
+        for flag, value, default in (("--lb-algorithm", self.lb_algorithm, "random"),):
+            if value != default and self.datapath != "ebpf":
+                raise ConfigError(f"{flag} {value} needs --datapath ebpf")
 
 
 def _duration_s(value: object, where: str) -> float | None:

@@ -29,6 +29,7 @@ from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.datapath import Requirement
+from podwire.datapath.ebpf.services import ServicesPart as EbpfServicesPart
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.datapath.nftables.spoof import SpoofGuard
 from podwire.datapath.nftables.spoof_routed import RoutedSpoofGuard
@@ -196,6 +197,7 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
     compiler = ServiceCompiler(own_node.facts(node), config)
     path = built.datapath.services(config)
     counts = path.counts if isinstance(path, NftablesServicesPart) else None
+    balancing = path.balancing.of if isinstance(path, EbpfServicesPart) else None
     if built.datapath.programs is None:  # with it, they end the flows in their own table
         path = ReapingPart(path, room.collector.removed)
 
@@ -220,7 +222,8 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
     def serve(control: ControlServer, store: Store, _: Loop) -> None:
         control.route("/v1/services", lambda query: services_api.listing(compiler.table, query))
         control.route(
-            "/v1/services/show", lambda query: services_api.show(compiler.table, query, counts)
+            "/v1/services/show",
+            lambda query: services_api.show(compiler.table, query, counts, balancing),
         )
         control.route(
             "/v1/services/resolve",

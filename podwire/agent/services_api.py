@@ -75,9 +75,15 @@ Counts: TypeAlias = Callable[[ServicePort], Mapping[Frontend, tuple[str, int]]]
 
 
 def show(
-    table: ServiceTable, query: Mapping[str, str], counts: Counts | None = None
+    table: ServiceTable,
+    query: Mapping[str, str],
+    counts: Counts | None = None,
+    balancing: Callable[[ServicePort], str] | None = None,
 ) -> list[dict[str, Any]]:
-    """All about one Service; `name` is ``namespace/name``. Raises InvalidObject."""
+    """All about one Service; `name` is ``namespace/name``. Raises InvalidObject.
+
+    `balancing` says in words how external traffic of a port is balanced.
+    """
     namespace, _, name = query.get("name", "").rpartition("/")
     found = [
         port
@@ -104,6 +110,7 @@ def show(
             "internal_traffic_policy": "Local" if port.internal_local else "Cluster",
             "external_traffic_policy": "Local" if port.external_local else "Cluster",
             "affinity_timeout_s": port.affinity_timeout_s,
+            "balancing": balancing(port) if balancing is not None else "",
             "source_ranges": _texts(port.source_ranges),
             "problems": problems,
         }

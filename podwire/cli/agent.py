@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from podwire.agent.options import (
+    ALGORITHMS,
     DATAPATHS,
     PARTS,
     ROUTINGS,
@@ -37,6 +38,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--pod-interface-name-prefix", default="", help="for InterfaceNamePrefix")
     add("--masquerade-all", action="store_true", help="masquerade all traffic to ClusterIPs")
     add("--external-ips", metavar="CIDRS", help="ranges that externalIPs may be in; none: off")
+    add("--lb-algorithm", choices=ALGORITHMS, default=default.lb_algorithm,
+        help="how traffic from outside gets a backend; needs eBPF (%(default)s)")  # fmt: skip
+    add("--maglev-table-size", type=int, default=default.maglev_table_size, metavar="PRIME",
+        help="entries: 100 for each backend of the largest Service (%(default)s)")  # fmt: skip
     add("--healthz-bind-address", help=f"default {default.healthz_bind_address}")
     add("--metrics-bind-address", help=f"default {default.metrics_bind_address}")
     add("--policy-cut-established", action="store_true",
@@ -65,6 +70,8 @@ def options_from(args: argparse.Namespace) -> Options:
         "routing": args.routing,
         "datapath": "nftables" if args.datapath == "ipvs" else args.datapath,
         "cut_established": args.policy_cut_established,
+        "lb_algorithm": args.lb_algorithm,
+        "maglev_table_size": args.maglev_table_size,
         "masquerade": not args.no_masquerade,
         "non_masquerade_cidrs": _list(args.non_masquerade_cidrs),
         "mtu": args.mtu,

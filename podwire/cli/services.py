@@ -92,6 +92,8 @@ def _print_one(ports: list[dict[str, Any]]) -> None:
             print(f"  source ranges    {' '.join(port['source_ranges']) or 'nobody'}")
         if port.get("affinity_timeout_s"):
             print(f"  session affinity {port['affinity_timeout_s']} s by client address")
+        if port.get("balancing"):
+            print(f"  from outside: {port['balancing']}")
         for what, why in port["problems"].items():
             print(f"  {paint('yellow', 'set aside')} {what}: {why}")
 

@@ -283,6 +283,7 @@ class ServiceCompiler:
             external_local=port.external_local,
             affinity_timeout_s=port.affinity_timeout_s,
             source_ranges=port.source_ranges,
+            algorithm=port.algorithm,
         )
 
     def _update_health(self, key: Key, port: int, slices: list[SliceEndpoints]) -> None:

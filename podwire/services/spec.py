@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import msgspec
 
@@ -12,6 +13,7 @@ from podwire.kube.objects import ServicePort as ApiPort
 from podwire.net import Address, Prefix, parse_address, parse_prefix
 from podwire.services.endpoints import PROTOCOLS
 from podwire.services.table import (
+    Algorithm,
     Family,
     Frontend,
     FrontendKind,
@@ -19,6 +21,7 @@ from podwire.services.table import (
     Settings,
 )
 
+ALGORITHM = "service.podwire.io/lb-algorithm"
 _PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 _DEFAULT_AFFINITY_S = 10800
 _MAX_AFFINITY_S = 86400
@@ -35,6 +38,7 @@ class PortSpec(msgspec.Struct, frozen=True, gc=False):
     affinity_timeout_s: int
     source_ranges: tuple[Prefix, ...] | None
     health_check_node_port: int
+    algorithm: Algorithm | Literal[""]
 
 
 class _Problems(list[str]):
@@ -91,6 +95,7 @@ def read(service: Service, settings: Settings) -> tuple[tuple[PortSpec, ...], st
                     affinity_s,
                     ranges if vips else None,
                     _health_check_port(service, problems),
+                    _algorithm(service, problems),
                 )
             )
     return tuple(out), str(problems)
@@ -184,6 +189,16 @@ def _affinity(service: Service, problems: _Problems) -> int:
         problems.append(f"session affinity of {timeout} s taken as {_DEFAULT_AFFINITY_S} s")
         return _DEFAULT_AFFINITY_S
     return timeout
+
+
+def _algorithm(service: Service, problems: _Problems) -> Algorithm | Literal[""]:
+    text = service.metadata.annotations.get(ALGORITHM, "")
+    for known in get_args(Algorithm):
+        if text == known:
+            return known
+    if text:
+        _add(problems, f"annotation {ALGORITHM}: {text!r} is neither random nor maglev")
+    return ""
 
 
 def _health_check_port(service: Service, problems: _Problems) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from podwire.services.resolve import Packet, Resolution
 
 Family: TypeAlias = Literal[4, 6]
+Algorithm: TypeAlias = Literal["random", "maglev"]
 Backend: TypeAlias = bytes
 """An endpoint's address (4 or 16 bytes) and port (2 bytes), both in network order."""
 
@@ -100,6 +101,8 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """0: none."""
     source_ranges: tuple[Prefix, ...] | None = None
     """Disjoint; who may use the load balancer addresses. None: everybody."""
+    algorithm: Algorithm | Literal[""] = ""
+    """How external traffic is balanced, where a data path has a choice; "": as for all."""
 
     def is_local(self, kind: FrontendKind) -> bool:
         """Whether the traffic policy for this kind of frontend is Local."""

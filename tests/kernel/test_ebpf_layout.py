@@ -22,6 +22,7 @@ STRUCTS = {
     "frontend_key": layout.FRONTEND_KEY,
     "frontend": layout.FRONTEND,
     "backend": layout.BACKEND,
+    "maglev": layout.MAGLEV,
     "member_key": layout.MEMBER_KEY,
     "range_key": layout.RANGE_KEY,
     "prefix_key": layout.PREFIX_KEY,

@@ -16,7 +16,8 @@ VERSION = 2
 _MAPPED = bytes(10) + b"\xff\xff"
 
 FRONTEND_KEY = struct.Struct("=16s2sB5x")  # address, port, protocol
-FRONTEND = struct.Struct("=IIIIIII")  # service, flags, affinity_s, cluster and local slots
+FRONTEND = struct.Struct("=IIIIIIIII")  # service, flags, affinity_s, cluster, local, maglev slots
+MAGLEV = struct.Struct("=4H")  # entries of a table, each a place in the list of backends
 BACKEND = struct.Struct("=16s2sHI")  # address, port, flags, service
 MEMBER_KEY = struct.Struct("=16sI2sH")  # address, service, port, local
 RANGE_KEY = struct.Struct("=II16s")  # length, service, address
@@ -51,8 +52,6 @@ class FrontendFlag(IntFlag):
     RANGED = 4
     MASQUERADE = 8
     HAS_ENDPOINTS = 16
-    MAGLEV = 32
-    DSR = 64
 
 
 class AddressFlag(IntFlag):

@@ -25,6 +25,7 @@ from podwire.datapath.ebpf.layout import (
     FLOW,
     FRONTEND,
     FRONTEND_KEY,
+    MAGLEV,
     MEMBER_KEY,
     NUMBER,
     PREFIX_KEY,
@@ -64,6 +65,7 @@ _SO_NETNS_COOKIE = 71
 _GROWING = {  # name: kind, key and value size, entries to begin with
     "frontends": (MapType.HASH, FRONTEND_KEY.size, FRONTEND.size, 1024),
     "backends": (MapType.ARRAY, 4, BACKEND.size, 2048),
+    "tables": (MapType.ARRAY, 4, MAGLEV.size, 64),
     "members": (MapType.HASH, MEMBER_KEY.size, 1, 1024),
     "addresses": (MapType.HASH, 16, 4, 1024),
     "ranges": (MapType.LPM_TRIE, RANGE_KEY.size, 1, 256),

@@ -10,9 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from podwire.datapath import Requirement
-from podwire.datapath.ebpf import spelling
+from podwire.datapath.ebpf import maglev, spelling
+from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.connections import Connections
-from podwire.datapath.ebpf.layout import BACKEND, FRONTEND, MEMBER_KEY, NUMBER, mapped
+from podwire.datapath.ebpf.layout import (
+    BACKEND,
+    FRONTEND,
+    MAGLEV,
+    MEMBER_KEY,
+    NUMBER,
+    FrontendFlag,
+    mapped,
+)
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.settings import AddressCounts, write_settings
 from podwire.datapath.ebpf.slots import EMPTY, Run, Slots
@@ -70,13 +79,16 @@ class ServicesPart:
         netns_fd: int | None = None,
         *,
         programs: Programs | None = None,
+        balancing: Balancing | None = None,
     ) -> None:
         self._programs = programs or Programs(netns_fd=netns_fd)
         self._shared = programs is not None
         self._table: ServiceTable | None = None
         self._leases: dict[ServicePortName, Lease] = {}
         self._next_service = 1
+        self.balancing = balancing or Balancing()
         self._slots = Slots()
+        self._tables = Slots()
         self._addresses = AddressCounts()
         self._own: frozenset[Address] = frozenset()
 
@@ -112,9 +124,10 @@ class ServicesPart:
     def flush(self) -> None:
         """Make slots of lists that are gone available again, after a grace period."""
         with self._programs.lock:
-            if self._slots.waiting:
+            if self._slots.waiting or self._tables.waiting:
                 self._programs.growing["frontends"].settle()
                 self._slots.settle()
+                self._tables.settle()
 
     def verify(self) -> list[str]:
         """Compare the maps with the table, repair, and name each repair."""
@@ -141,6 +154,7 @@ class ServicesPart:
         return {
             "service_ports": len(self._leases),
             "backend_slots": self._slots.top,
+            "balancing": self.balancing.words(),
             "maps": {name: growing.fill() for name, growing in self._programs.growing.items()},
             "outcomes": self._programs.outcomes(),
         }
@@ -153,7 +167,9 @@ class ServicesPart:
             n: _Held(new, self._lease(new, before.get(n))) for n, (_, new) in ports.items() if new
         }
         kept = {run for held in before.values() for run in held.lease.runs}
+        tables = {held.lease.maglev for held in before.values()}
         self._write_slots(after.values(), kept)
+        self._write_tables(after.values(), tables)
         growing = self._programs.growing
         addresses = self._addresses.change(
             (held.port for held in before.values()), (held.port for held in after.values())
@@ -175,6 +191,8 @@ class ServicesPart:
         self._leases.update({name: held.lease for name, held in after.items()})
         for run in kept - {run for held in after.values() for run in held.lease.runs}:
             self._slots.give_back(run)
+        for run in tables - {held.lease.maglev for held in after.values()}:
+            self._tables.give_back(spelling.table_room(run))
 
     def _lease(self, port: ServicePort, before: _Held | None) -> Lease:
         """Slots for the lists of `port`; it keeps those of lists that stay the same."""
@@ -192,7 +210,23 @@ class ServicesPart:
         for backends in (port.cluster, port.local):
             if backends not in known:
                 known[backends] = self._slots.take(len(backends))
-        return Lease(service, known[port.cluster], known[port.local])
+        table = self._table_run(port, before)
+        return Lease(service, known[port.cluster], known[port.local], table)
+
+    def _table_run(self, port: ServicePort, before: _Held | None) -> Run:
+        """Room for the Maglev table of `port`, if it has one; it keeps that of the same list."""
+        backends = spelling.external_list(port)
+        size = self.balancing.table_size
+        if not self.balancing.has_table(port):
+            return EMPTY
+        if (
+            before is not None
+            and before.lease.maglev.size == size
+            and spelling.external_list(before.port) == backends
+        ):
+            return before.lease.maglev
+        room = spelling.table_room(Run(0, size))
+        return Run(self._tables.take(room.size).first, size)
 
     def _forget_stale(self, ports: _Changes) -> None:
         """UDP flows to backends that serve no more would go on into the void: end them."""
@@ -218,37 +252,61 @@ class ServicesPart:
         }
         slots = b"".join(value for _, value in self._programs.growing["backends"].map.items())
         runs = {Run(*fact[at : at + 2]) for fact in known.values() for at in (3, 5)} - {EMPTY}
+        tables = {Run(*fact[7:]) for fact in known.values()} - {EMPTY}
         self._slots.adopt(runs)
+        self._tables.adopt({spelling.table_room(run) for run in tables})
         self._next_service = max((fact[0] for fact in known.values()), default=0) + 1
         for name, port in table.ports.items():
             keys = (key for key, _ in spelling.frontends(port, Lease(0), table.settings))
-            fact = next((known[key] for key in keys if key in known), None)
-            before = self._recognise(port, fact, slots) if fact else None
+            facts = [known[key] for key in keys if key in known]
+            before = self._recognise(port, facts, slots) if facts else None
             self._leases[name] = self._lease(port, before)
         self._addresses.change((), table.ports.values())
-        self._rewrite(table.ports, table.settings)
-        used = {run for lease in self._leases.values() for run in lease.runs}
-        for run in runs - used:
+        self._rewrite(table.ports, table.settings, tables)
+        for run in runs - {run for lease in self._leases.values() for run in lease.runs}:
             self._slots.give_back(run)
+        for run in tables - {lease.maglev for lease in self._leases.values()}:
+            self._tables.give_back(spelling.table_room(run))
 
-    def _recognise(self, port: ServicePort, fact: Sequence[int], slots: bytes) -> _Held:
-        """What a frontend in the kernel says of `port`; lists that differ do not count."""
+    def _recognise(self, port: ServicePort, facts: Sequence[Sequence[int]], slots: bytes) -> _Held:
+        """What its frontends in the kernel say of `port`; lists that differ do not count.
+
+        A table that was written for the same list is what would be written now.
+        """
+        service = facts[0][0]
         kept: dict[tuple[Backend, ...], Run] = {}
         for backends, at in ((port.cluster, 3), (port.local, 5)):
-            run = Run(*fact[at : at + 2])
+            run = Run(*facts[0][at : at + 2])
             start = run.first * BACKEND.size
-            wanted = spelling.backends(backends, fact[0], self._own)
+            wanted = spelling.backends(backends, service, self._own)
             if run.size == len(backends) and slots[start : start + len(wanted)] == wanted:
                 kept[backends] = run
-        lists = list(kept.items())
-        cluster, local = (*lists, ((), EMPTY), ((), EMPTY))[:2]
-        held = Lease(fact[0], cluster[1], local[1])
-        return _Held(spelling.with_lists(port, cluster[0], local[0]), held)
+        cluster, local = (some if some in kept else () for some in (port.cluster, port.local))
+        external = FrontendFlag.LOCAL if port.external_local else FrontendFlag(0)
+        tables = (
+            Run(*fact[7:])
+            for fact in facts
+            if fact[7:] != EMPTY and fact[1] & FrontendFlag.LOCAL == external
+        )
+        runs = kept.get(cluster, EMPTY), kept.get(local, EMPTY)
+        lease = Lease(service, runs[0], runs[1], next(tables, EMPTY))
+        return _Held(spelling.with_lists(port, cluster, local), lease)
 
-    def _rewrite(self, ports: Mapping[ServicePortName, ServicePort], settings: Settings) -> None:
-        """Write every port anew: at the start, and when the node's addresses changed."""
+    def _rewrite(
+        self,
+        ports: Mapping[ServicePortName, ServicePort],
+        settings: Settings,
+        tables: set[Run] | None = None,
+    ) -> None:
+        """Write every port anew: at the start, and when the node's addresses changed.
+
+        `tables` (default: all) are there already.
+        """
         held = [_Held(port, self._leases[name]) for name, port in ports.items()]
         self._write_slots(held, set())
+        self._write_tables(
+            held, {lease.maglev for lease in self._leases.values()} if tables is None else tables
+        )
         for kind, wanted in self._spell(ports, settings).items():
             self._programs.growing[kind].replace(wanted)
 
@@ -292,6 +350,19 @@ class ServicesPart:
         growing.map.update_packed(
             keys, b"".join(spelling.backends(*list, self._own) for list in runs.values())
         )
+
+    def _write_tables(self, ports: Iterable[_Held], kept: set[Run]) -> None:
+        """Write the Maglev tables of `ports`, but for those that are `kept`."""
+        growing = self._programs.growing["tables"]
+        growing.reserve(self._tables.top)
+        for port, lease in ports:
+            if lease.maglev.size and lease.maglev not in kept:
+                entries = maglev.table(spelling.external_list(port), lease.maglev.size)
+                first, size = spelling.table_room(lease.maglev)
+                growing.map.update_packed(
+                    b"".join(map(NUMBER.pack, range(first, first + size))),
+                    entries.ljust(size * MAGLEV.size, b"\0"),
+                )
 
     def _apply_settings(self, settings: Settings) -> None:
         self._own = spelling.own_addresses(settings)

@@ -1,4 +1,4 @@
-"""Room in the array of backends: runs of slots, lent and given back."""
+"""Room in an array (of backends, of Maglev tables): runs of slots, lent and given back."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from podwire.datapath.ebpf.layout import (
     BACKEND_THIS_NODE,
     FRONTEND,
     FRONTEND_KEY,
+    MAGLEV,
     MEMBER_KEY,
     PREFIX_KEY,
     RANGE_KEY,
@@ -32,6 +33,7 @@ from podwire.services.table import is_loopback
 
 _ANY = {4: mapped(bytes(4)), 6: bytes(16)}
 _PRESENT = b"\1"
+MAGLEV_ENTRIES = MAGLEV.size // 2
 
 
 class Lease(NamedTuple):
@@ -40,10 +42,23 @@ class Lease(NamedTuple):
     service: int
     cluster: Run = EMPTY
     local: Run = EMPTY
+    maglev: Run = EMPTY
+    """In the map of tables; its size is counted in entries."""
 
     @property
     def runs(self) -> set[Run]:
+        """In the map of backends."""
         return {self.cluster, self.local} - {EMPTY}
+
+
+def external_list(port: ServicePort) -> tuple[Backend, ...]:
+    """The backends that clients outside are balanced over."""
+    return port.local if port.external_local else port.cluster
+
+
+def table_room(run: Run) -> Run:
+    """The elements of the map of tables that a Maglev table takes."""
+    return Run(run.first, (run.size + MAGLEV_ENTRIES - 1) // MAGLEV_ENTRIES)
 
 
 def with_lists(
@@ -58,8 +73,10 @@ def frontends(port: ServicePort, lease: Lease, settings: Settings) -> Iterator[t
     for frontend in port.frontends:
         address = mapped(frontend.address) if frontend.address else _ANY[port.name.family]
         flags = FrontendFlag.HAS_ENDPOINTS if port.has_endpoints else FrontendFlag(0)
+        maglev = EMPTY
         if frontend.kind != FrontendKind.CLUSTER_IP:
             flags |= FrontendFlag.EXTERNAL
+            maglev = lease.maglev
         elif settings.config.masquerade_all:
             flags |= FrontendFlag.MASQUERADE
         if port.is_local(frontend.kind):
@@ -69,7 +86,12 @@ def frontends(port: ServicePort, lease: Lease, settings: Settings) -> Iterator[t
         yield (
             FRONTEND_KEY.pack(address, frontend.port.to_bytes(2, "big"), port.name.protocol),
             FRONTEND.pack(
-                lease.service, flags, port.affinity_timeout_s, *lease.cluster, *lease.local
+                lease.service,
+                flags,
+                port.affinity_timeout_s,
+                *lease.cluster,
+                *lease.local,
+                *maglev,
             ),
         )
 

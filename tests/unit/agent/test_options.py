@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,3 +83,16 @@ def test_nonsense_is_one_clear_error(tmp_path: Path, text: str) -> None:
 def test_flags_are_checked(options: Options) -> None:
     with pytest.raises(ConfigError, match="--"):
         options.checked()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lb_algorithm": "maglev"}, "--lb-algorithm maglev needs --datapath ebpf"),
+        ({"maglev_table_size": 1000}, "--maglev-table-size takes one of 251, 509"),
+        ({"lb_algorithm": "least"}, "--lb-algorithm takes one of random, maglev"),
+    ],
+)
+def test_balancing_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Options(**fields).checked()

@@ -110,6 +110,17 @@ def test_what_makes_no_sense_is_named_and_stops_nothing_else(spec, problem: str)
     assert ask(table, "10.96.0.2").verdict == "dnat"
 
 
+@pytest.mark.parametrize(
+    ("said", "meant", "problem"), [("maglev", "maglev", ""), ("least", "", "neither random nor")]
+)
+def test_a_service_may_ask_for_an_algorithm(said: str, meant: str, problem: str) -> None:
+    asking = service()
+    asking.metadata.annotations["service.podwire.io/lb-algorithm"] = said
+    table = compiled(asking, endpoint_slice())
+    assert [port.algorithm for port in table.ports.values()] == [meant]
+    assert problem in table.problems.get("Service demo/web", "")
+
+
 def test_endpoints_that_no_traffic_may_reach_are_left_out() -> None:
     addresses = ["127.0.0.1", "0.0.0.0", "239.1.1.1", "not-an-address", "10.20.1.11"]
     table = compiled(service(), endpoint_slice(addresses=addresses))

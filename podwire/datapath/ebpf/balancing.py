@@ -1,0 +1,43 @@
+"""How Services are balanced on this data path: what the operator chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from podwire.datapath.ebpf import maglev
+from podwire.datapath.ebpf.spelling import external_list
+from podwire.services import ServicePort
+
+ALGORITHMS = ("random", "maglev")
+
+
+@dataclass(frozen=True)
+class Balancing:
+    """The words and defaults are Cilium's `loadBalancer` section.
+
+    `algorithm` holds for what comes from outside the cluster to NodePorts, externalIPs and load
+    balancer IPs; within it, choice is always random. A Service may ask for another.
+    """
+
+    algorithm: str = "random"
+    table_size: int = maglev.DEFAULT_SIZE
+
+    def has_table(self, port: ServicePort) -> bool:
+        """Whether external traffic to `port` goes by a Maglev table."""
+        return (
+            (port.algorithm or self.algorithm) == "maglev"
+            and port.externally_accessible
+            and maglev.needs_table(len(external_list(port)), self.table_size)
+        )
+
+    def of(self, port: ServicePort) -> str:
+        """How external traffic to `port` is balanced, in words."""
+        if not port.externally_accessible:
+            return ""
+        if self.has_table(port):
+            return f"by a Maglev table of {self.table_size} entries"
+        return "at random"
+
+    def words(self) -> dict[str, object]:
+        """For the status."""
+        return {"algorithm": self.algorithm, "table_size": self.table_size}
