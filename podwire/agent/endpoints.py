@@ -78,16 +78,20 @@ class Endpoints:
 
     async def start(self, healthz_bind: str, metrics_bind: str) -> None:
         """Listen on both. Raises OSError when an address is taken."""
-        health = web.Application()
-        health.router.add_get("/healthz", self._healthz)
-        health.router.add_get("/livez", self._livez)
-        await self._listen(health, healthz_bind)
+        await self._listen(self.health_application(), healthz_bind)
         metrics = web.Application()
         metrics.router.add_get("/metrics", self._metrics_text)
         metrics.router.add_get("/healthz", self._ok)
         metrics.router.add_get("/proxyMode", self._mode)
         metrics.router.add_get("/configz", self._configz)
         await self._listen(metrics, metrics_bind)
+
+    def health_application(self) -> web.Application:
+        """What the kubelet's probes and load balancers ask."""
+        health = web.Application()
+        health.router.add_get("/healthz", self._healthz)
+        health.router.add_get("/livez", self._livez)
+        return health
 
     async def stop(self) -> None:
         for runner in self._runners:

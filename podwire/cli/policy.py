@@ -277,7 +277,7 @@ async def _wait_reports(args: argparse.Namespace) -> int:
 
 async def _versions(args: argparse.Namespace) -> dict[str, str]:
     """The policy's version in the API, by kind and name; nothing where no API can be asked."""
-    kubeconfig_path = agents.run_dirs(args)[0].parents[2] / "kubeconfig"
+    kubeconfig_path = agents.run_dirs(args)[0] / "../../../kubeconfig"  # of a lab
     namespace, _, name = args.name.rpartition("/")
     kind = NetworkPolicy if namespace else ClusterNetworkPolicy
     try:
