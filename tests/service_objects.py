@@ -7,10 +7,22 @@ from collections.abc import Iterable, Sequence
 
 from hypothesis import strategies as st
 
+from podwire.datapath import Part
 from podwire.kube import objects as kube
-from podwire.net import parse_address
-from podwire.services import NodeFacts
+from podwire.kube.store import Store
+from podwire.net import parse_address, parse_prefix
+from podwire.services import (
+    DetectLocal,
+    NodeFacts,
+    ProxyConfig,
+    ServiceCompiler,
+    ServiceTable,
+)
 
+CONFIG = ProxyConfig(
+    detect_local=DetectLocal(prefixes=(parse_prefix("10.20.0.0/16"), parse_prefix("fd00:20::/32"))),
+    service_cidrs=(parse_prefix("10.96.0.0/16"), parse_prefix("fd00:96::/112")),
+)
 NODE = NodeFacts("node-a", (parse_address("192.168.50.10"), parse_address("2001:db8:50::10")))
 
 
@@ -35,6 +47,35 @@ def endpoint_slice(
         ],
         ports=[kube.EndpointPort(name="http", protocol="TCP", port=8080)],
     )
+
+
+class Cluster:
+    """Objects that come and go, compiled for a data path."""
+
+    def __init__(self, part: Part[ServiceTable], config: ProxyConfig) -> None:
+        self.part = part
+        self.store = Store()
+        self.compiler = ServiceCompiler(NODE, config)
+
+    def put(self, *objects: kube.Resource) -> ServiceTable:
+        """Take the objects in, and apply the table."""
+        for obj in objects:
+            self.store.put(obj)
+        table = self.compiler.update(self.store.take())
+        self.part.apply(table)
+        return table
+
+    def play(self, history: History) -> list[kube.Resource]:
+        """One step after the other, each applied; what is left in the end."""
+        for keep, obj in history:
+            if keep:
+                self.store.put(obj)
+            else:
+                self.store.remove(type(obj), obj.key)
+            self.put()
+        self.part.flush()
+        kinds = (kube.Service, kube.EndpointSlice)
+        return [obj for kind in kinds for obj in self.store.all(kind).values()]
 
 
 History = list[tuple[bool, kube.Resource]]

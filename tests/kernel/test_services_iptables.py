@@ -16,37 +16,21 @@ from podwire.kernel import netns
 from podwire.kernel.ipset import IpSets
 from podwire.kernel.iptables import FLAVOURS, Hook, Iptables, TableChange
 from podwire.kube import objects as kube
-from podwire.kube.store import Store
-from podwire.net import parse_prefix
-from podwire.services import DetectLocal, ProxyConfig, ServiceCompiler, ServiceTable
-from tests.service_objects import NODE, endpoint_slice, histories, service
+from tests.service_objects import CONFIG, Cluster, endpoint_slice, histories, service
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
-CONFIG = ProxyConfig(
-    detect_local=DetectLocal(prefixes=(parse_prefix("10.20.0.0/16"), parse_prefix("fd00:20::/32"))),
-    service_cidrs=(parse_prefix("10.96.0.0/16"), parse_prefix("fd00:96::/112")),
-)
 TABLES = ("nat", "mangle", "filter")
 
 
-class Proxy:
-    """A compiler and a data path in one namespace."""
+class Proxy(Cluster):
+    """The data path of one namespace."""
 
     def __init__(self, fd: int, flavour: kernel_iptables.Flavour) -> None:
+        super().__init__(ServicesPart(CONFIG, fd, flavour), CONFIG)
         self.fd, self.flavour = fd, flavour
         self.sets = IpSets(fd)
-        self.store = Store()
-        self.compiler = ServiceCompiler(NODE, CONFIG)
-        self.part = ServicesPart(CONFIG, fd, flavour)
         self.part.start()
-
-    def put(self, *objects: kube.Resource) -> ServiceTable:
-        for obj in objects:
-            self.store.put(obj)
-        table = self.compiler.update(self.store.take())
-        self.part.apply(table)
-        return table
 
     def tables(self, family: int = 4) -> dict[str, dict[str, tuple[str, ...]]]:
         iptables = Iptables(family, self.flavour, self.fd)
@@ -245,13 +229,6 @@ def test_incremental_and_cold_start_leave_the_same_state(
     make_proxy: Callable[[], Proxy], history
 ) -> None:
     warm, cold = make_proxy(), make_proxy()
-    for keep, obj in history:
-        if keep:
-            warm.store.put(obj)
-        else:
-            warm.store.remove(type(obj), obj.key)
-        warm.put()
-    left = [*warm.store.all(kube.Service).values(), *warm.store.all(kube.EndpointSlice).values()]
-    cold.put(*left)
+    cold.put(*warm.play(history))
     assert warm.state() == cold.state()
     assert warm.part._apply_all(warm.part._table) == []

@@ -12,36 +12,21 @@ from podwire.datapath.nftables.services_elements import element_sets, from_eleme
 from podwire.kernel import netns
 from podwire.kernel.nftables import Element, NfTables, Transaction
 from podwire.kube import objects as kube
-from podwire.kube.store import Store
-from podwire.net import parse_address, parse_prefix
-from podwire.services import DetectLocal, ProxyConfig, ServiceCompiler, ServiceTable
-from tests.service_objects import NODE, endpoint_slice, histories, service
+from podwire.net import parse_address
+from tests.service_objects import CONFIG, Cluster, endpoint_slice, histories, service
 
-CONFIG = ProxyConfig(
-    detect_local=DetectLocal(prefixes=(parse_prefix("10.20.0.0/16"), parse_prefix("fd00:20::/32"))),
-    service_cidrs=(parse_prefix("10.96.0.0/16"), parse_prefix("fd00:96::/112")),
-)
 _HISTORY = ("affinity-lists", "affinity-slots", "affinity-backends")
 """Maps whose numbers depend on the order of events."""
 
 
-class Proxy:
-    """A compiler and a data path in one namespace."""
+class Proxy(Cluster):
+    """The data path of one namespace."""
 
     def __init__(self, fd: int) -> None:
+        super().__init__(ServicesPart(CONFIG, fd), CONFIG)
         self.fd = fd
         self.nft = NfTables(fd)
-        self.store = Store()
-        self.compiler = ServiceCompiler(NODE, CONFIG)
-        self.part = ServicesPart(CONFIG, fd)
         self.part.start()
-
-    def put(self, *objects: kube.Resource) -> ServiceTable:
-        for obj in objects:
-            self.store.put(obj)
-        table = self.compiler.update(self.store.take())
-        self.part.apply(table)
-        return table
 
     def state(self) -> dict[tuple[int, str], object]:
         """The elements of both tables; of affinity numbers only how many there are."""
@@ -229,15 +214,7 @@ def test_incremental_and_cold_start_leave_the_same_elements(
     make_proxy: Callable[[], Proxy], history
 ) -> None:
     warm, cold = make_proxy(), make_proxy()
-    for keep, obj in history:
-        if keep:
-            warm.store.put(obj)
-        else:
-            warm.store.remove(type(obj), obj.key)
-        warm.put()
-    warm.part.flush()
-    left = [*warm.store.all(kube.Service).values(), *warm.store.all(kube.EndpointSlice).values()]
-    cold.put(*left)
+    cold.put(*warm.play(history))
     assert warm.state() == cold.state()
     meddle(warm, "add table ip elsewhere")
     assert warm.part.verify() == []
