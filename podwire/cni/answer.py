@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from podwire.cni.config import NetConf
-from podwire.cni.plan import Plan, network_of, pod_route
+from podwire.cni.plan import Plan, pod_route
 from podwire.cni.protocol import INVALID_CONFIG, CniError
 from podwire.cni.result import Dns, Interface, Ip, Result, ip, route
 from podwire.errors import InvalidObject
@@ -34,7 +34,7 @@ def with_addresses(
 
 
 def _first_host(address: PodAddress) -> Address:
-    first = network_of(address).first
+    first = address.network.first
     return (int.from_bytes(first, "big") + 1).to_bytes(len(first), "big")
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
-from podwire.cni.collaborators import Collaborators, CursorPool, SpoofGuard
+from podwire.cni.collaborators import Collaborators, CursorPool, SpoofGuard, boot_time
 from podwire.cni.lifecycle import Lifecycle
 from podwire.cni.plan import NodeConfig
 from podwire.ipam.pool import Pool
@@ -19,11 +18,6 @@ from podwire.wiring.meters import Meters
 from podwire.wiring.ptp import PtpWiring
 
 STATE_FILE = "podwire.db"
-
-
-def boot_time() -> float:
-    """Seconds since boot: the same clock before and after a restart of the agent."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def assemble(

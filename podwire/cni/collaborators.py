@@ -22,6 +22,11 @@ from podwire.wiring.meters import Meters
 ADD_DEADLINE_S = 30.0
 
 
+def boot_time() -> float:
+    """Seconds since boot: the same clock before and after a restart of the agent."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class SpoofGuard(Protocol):
     """Drops what leaves a pod with a source that is not its own."""
 
@@ -69,7 +74,7 @@ class Collaborators:
     admit: Callable[[Attachment], None] = lambda _: None
     dismiss: Callable[[Attachment], None] = lambda _: None
     node: Callable[[], NodeConfig] = NodeConfig
-    now: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME)
+    now: Callable[[], float] = boot_time
     add_deadline_s: float = ADD_DEADLINE_S
 
     def wiring(self, attachment: Attachment) -> Wiring:

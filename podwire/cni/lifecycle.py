@@ -122,29 +122,30 @@ class Lifecycle:
 
     def _take_down(self, known: Attachment, netns_fd: int | None) -> None:
         """All that ADD made, in reverse. Every part is tried; the record stays if one fails."""
-        collaborators, failures = self._with, list[Exception]()
-        parts = [partial(collaborators.firewall.remove, known.let_through)]
+        parts = [partial(self._with.firewall.remove, known.let_through)]
         if known.saved and netns_fd is not None:
             parts.append(partial(self._restore, known, netns_fd))
         if known.meter:
-            parts.append(partial(collaborators.meters.remove, known.meter))
+            parts.append(partial(self._with.meters.remove, known.meter))
         if known.host_ports:
-            parts.append(partial(collaborators.host_ports.remove, known.host_ports))
+            parts.append(partial(self._with.host_ports.remove, known.host_ports))
         if known.masquerade:
-            parts.append(partial(collaborators.masquerade.remove, known.addresses))
+            parts.append(partial(self._with.masquerade.remove, known.addresses))
         if known.wiring:
             parts.append(partial(self._with.wiring(known).silence, known))
-            parts.append(partial(collaborators.dismiss, known))
+            parts.append(partial(self._with.dismiss, known))
+        failures: list[Exception] = []
         for remove in parts:
             try:
                 remove()
             except Exception as error:
                 failures.append(error)
+        for error in failures[1:]:
+            log.error("a part of %s stays: %s", known.host_ifname or known.key.container, error)
         if failures:
             raise failures[0]
-        rest_until = collaborators.pool.rest_until()
-        collaborators.state.remove(known, rest_until)
-        collaborators.pool.release(known.key)
+        self._with.state.remove(known, self._with.pool.rest_until())
+        self._with.pool.release(known.key)
         if known.host_ifname:
             self._remover.put(known.wiring, known.host_ifname)
 
@@ -179,21 +180,21 @@ class Lifecycle:
             raise CniError(DIFFERS, "; ".join(problems))
 
     def _problems(self, known: Attachment, netns_fd: int) -> list[str]:
-        collaborators, problems = self._with, list[str]()
+        problems: list[str] = []
         if known.wiring:
             problems += self._with.wiring(known).check(known, netns_fd)
         if known.host_ports:
-            problems += collaborators.host_ports.check(known.host_ports)
+            problems += self._with.host_ports.check(known.host_ports)
         if known.masquerade:
-            problems += collaborators.masquerade.check(known.addresses)
+            problems += self._with.masquerade.check(known.addresses)
         if known.meter:
-            problems += collaborators.meters.check(known.meter)
+            problems += self._with.meters.check(known.meter)
         if known.sysctls:
             problems += tuning.check_sysctls(known.sysctls, netns_fd)
         if known.tuned:
             problems += tuning.check(known.tuned, known.key.ifname, netns_fd)
         if known.let_through:
-            problems += collaborators.firewall.check(known.let_through)
+            problems += self._with.firewall.check(known.let_through)
         return problems
 
     # --- start ------------------------------------------------------------------------------------

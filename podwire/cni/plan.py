@@ -292,20 +292,12 @@ def _fixed(conf: NetConf, ipam: IpamConfig, call: Call) -> tuple[PodAddress, ...
         host = _host(each.address, INVALID_CONFIG)
         gateway = _address(each.gateway, INVALID_CONFIG) if each.gateway else b""
         found.append(host._replace(gateway=gateway))
-    for host in instead or _requested(conf, call):
-        near = network_of(host)
-        found.append(host._replace(gateway=next((r for r in routers if r in near), b"")))
-    if any(host.length < 0 for host in found):
+    asked = instead or _requested(conf, call)
+    if any(host.length < 0 for host in (*found, *asked)):
         raise CniError(INVALID_CONFIG, "a static address has no prefix length")
+    for host in asked:
+        found.append(host._replace(gateway=next((r for r in routers if r in host.network), b"")))
     return tuple(found)
-
-
-def network_of(host: PodAddress) -> Prefix:
-    """The network that the address is in."""
-    bits = len(host.address) * 8
-    length = bits if host.length < 0 else host.length
-    number = int.from_bytes(host.address, "big") >> (bits - length) << (bits - length)
-    return Prefix(number.to_bytes(bits // 8, "big"), length)
 
 
 def pod_route(route: Route) -> PodRoute:

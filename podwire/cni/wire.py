@@ -15,7 +15,6 @@ VERSION = 1
 MAX_BYTES = 8 << 20
 _HEADER = struct.Struct("!4sII")
 _STATUS = struct.Struct("!I")
-_CNI_NETNS = "CNI_NETNS"
 
 
 class Malformed(Exception):

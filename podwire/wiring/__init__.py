@@ -48,6 +48,13 @@ class PodAddress(NamedTuple):
     length: int
     gateway: Address = b""
 
+    @property
+    def network(self) -> Prefix:
+        """What is on the link with the pod."""
+        bits = len(self.address) * 8
+        number = int.from_bytes(self.address, "big") >> (bits - self.length)
+        return Prefix((number << (bits - self.length)).to_bytes(bits // 8, "big"), self.length)
+
 
 class PodRoute(NamedTuple):
     """A route inside the pod. 0 and b"" mean unset, `scope` -1 too."""

@@ -11,34 +11,27 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import msgspec
 
 from podwire.errors import KernelError
-from podwire.kernel import address, bridge, link, neighbour, sysctl
+from podwire.kernel import address, bridge, link, neighbour
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.neighbour import Neighbour
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import format_address
-from podwire.wiring import KERNEL_PROTOCOL, Attachment, Bridge, HostLink, PodAddress, veth
+from podwire.wiring import KERNEL_PROTOCOL, Attachment, Bridge, HostLink, veth
+from podwire.wiring.veth import VethWiring
 
 
-class BridgeWiring:
-    """A `Wiring` of the namespace it was made in (`netns_fd`; default: the caller's)."""
+class BridgeWiring(VethWiring):
+    """A `Wiring`."""
 
     def __init__(self, netns_fd: int | None = None) -> None:
-        self._netns_fd = netns_fd
-        self._host = NetlinkSocket(netns_fd=netns_fd)
+        super().__init__(netns_fd)
         self._lock = threading.Lock()
-        self._forwarding: set[int] = set()
         self._pinned: set[int] = set()  # bridges whose MAC stays, by index
-
-    def close(self) -> None:
-        self._host.close()
-
-    def host_ifname(self, attachment: Attachment) -> str:
-        return veth.host_ifname(attachment.key)
 
     def attach(self, attachment: Attachment, netns_fd: int) -> Attachment:
         options = _options(attachment)
@@ -119,9 +112,6 @@ class BridgeWiring:
         ]
         return problems
 
-    def renew(self, attachment: Attachment) -> None:
-        veth.renew_neighbours(self._host, attachment)
-
     def silence(self, attachment: Attachment) -> None:
         options, name = _options(attachment), attachment.host_ifname
         # Down, not a disabled port: any later notification about the link enables that again.
@@ -130,12 +120,6 @@ class BridgeWiring:
             router = link.find(self._host, _vlan_name(options) if options.vlan else options.name)
             if router:
                 veth.forget_neighbours(self._host, attachment, router.index)
-
-    def purge(self, host_ifnames: Collection[str]) -> None:
-        veth.purge(self._host, host_ifnames)
-
-    def links(self) -> Collection[str]:
-        return veth.host_ends(self._host)
 
     def reconcile(self, attachments: Collection[Attachment]) -> None:
         known = {a.address for attachment in attachments for a in attachment.addresses}
@@ -240,12 +224,6 @@ class BridgeWiring:
                 + [address.add(each) for each in conflicting],
             )
 
-    def _enable_forwarding(self, addresses: Sequence[PodAddress]) -> None:
-        sizes = {len(each.address) for each in addresses}
-        if not sizes <= self._forwarding:
-            sysctl.write({veth.FORWARDING[size]: 1 for size in sizes}, self._netns_fd)
-            self._forwarding |= sizes
-
     # --- the pair ---------------------------------------------------------------------------------
 
     def _set_up_port(self, attachment: Attachment, options: Bridge, host_end: link.Link) -> None:
@@ -276,9 +254,7 @@ class BridgeWiring:
         pod: NetlinkSocket,
     ) -> Attachment:
         index = host_end.link  # the peer's, in the pod's namespace
-        if not attachment.mac:
-            mac = link.parse(pod.run(link.get(index))[0]).mac
-            attachment = msgspec.structs.replace(attachment, mac=mac)
+        attachment = veth.with_own_mac(attachment, index, pod)
         if options.leave_down:
             return attachment
         gateways = {a.gateway: router.mac for a in attachment.addresses if a.gateway}

@@ -16,7 +16,6 @@ from podwire.kernel.nftables import INET, Element, Set, concat
 from podwire.net import Address, Protocol
 from podwire.wiring import HostPort, HostPorts, PodAddress
 from podwire.wiring.tables import PodTable
-from podwire.wiring.veth import network
 
 TABLE = "podwire-hostports"
 MARK = 0x2000
@@ -182,7 +181,7 @@ def _sources(masquerade: str, target: PodAddress) -> Iterable[tuple[Address, Add
     if masquerade == "all":
         yield bytes(size), b"\xff" * size
         return
-    own = network(target)
+    own = target.network
     yield own.first, own.last
     if size == 4:
         yield _LOOPBACK, b"\x7f\xff\xff\xff"

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Sequence
 from podwire.kernel.nftables import INET, Element, Set, concat
 from podwire.wiring import PodAddress
 from podwire.wiring.tables import PodTable
-from podwire.wiring.veth import network
 
 TABLE = "podwire-ipmasq"
 
@@ -76,7 +75,7 @@ class MasqueradeRules:
 def _elements(addresses: Iterable[PodAddress]) -> Iterable[tuple[Set, list[Element]]]:
     for each in addresses:
         version = 4 if len(each.address) == 4 else 6
-        own = network(each)
+        own = each.network
         start, end = concat(each.address, own.first), concat(each.address, own.last)
         yield Set(INET, TABLE, f"pods{version}"), [Element(concat(each.address))]
         yield Set(INET, TABLE, f"own{version}"), [Element(start, None, end)]

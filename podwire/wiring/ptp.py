@@ -7,35 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import threading
 from collections.abc import Collection
 
 import msgspec
 
 from podwire.errors import ConfigError
-from podwire.kernel import address, link, neighbour, route, sysctl
+from podwire.kernel import address, link, neighbour, route
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.neighbour import Neighbour
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import format_address
 from podwire.wiring import KERNEL_PROTOCOL, Attachment, HostLink, veth
-from podwire.wiring.veth import host_prefix
+from podwire.wiring.veth import VethWiring, host_prefix
 
 
-class PtpWiring:
-    """A `Wiring` of the namespace it was made in (`netns_fd`; default: the caller's)."""
-
-    def __init__(self, netns_fd: int | None = None) -> None:
-        self._netns_fd = netns_fd
-        self._host = NetlinkSocket(netns_fd=netns_fd)
-        self._lock = threading.Lock()
-        self._forwarding: set[int] = set()
-
-    def close(self) -> None:
-        self._host.close()
-
-    def host_ifname(self, attachment: Attachment) -> str:
-        return veth.host_ifname(attachment.key)
+class PtpWiring(VethWiring):
+    """A `Wiring`."""
 
     def attach(self, attachment: Attachment, netns_fd: int) -> Attachment:
         if not all(each.gateway for each in attachment.addresses):
@@ -76,9 +63,6 @@ class PtpWiring:
                 problems.append(f"the host lacks the route to {format_address(each.address)}")
         return problems
 
-    def renew(self, attachment: Attachment) -> None:
-        veth.renew_neighbours(self._host, attachment)
-
     def silence(self, attachment: Attachment) -> None:
         name, gone = attachment.host_ifname, (errno.ENODEV,)
         self._host.run(
@@ -86,21 +70,11 @@ class PtpWiring:
             link.change(name, group=veth.DYING_GROUP).tolerating(*gone),
         )
 
-    def purge(self, host_ifnames: Collection[str]) -> None:
-        veth.purge(self._host, host_ifnames)
-
-    def links(self) -> Collection[str]:
-        return veth.host_ends(self._host)
-
     def reconcile(self, attachments: Collection[Attachment]) -> None:
         """Addresses, routes and neighbours go with their link."""
 
     def _set_up_host(self, attachment: Attachment, index: int) -> None:
-        sizes = {len(each.address) for each in attachment.addresses}
-        with self._lock:
-            if not sizes <= self._forwarding:
-                sysctl.write({veth.FORWARDING[size]: 1 for size in sizes}, self._netns_fd)
-                self._forwarding |= sizes
+        self._enable_forwarding(attachment.addresses)
         requests = [link.change(index, up=True, alias=str(attachment.pod) or None)]
         for each in attachment.addresses:
             own = InterfaceAddress(
@@ -118,15 +92,13 @@ class PtpWiring:
         self, attachment: Attachment, host_end: link.Link, pod: NetlinkSocket
     ) -> Attachment:
         index = host_end.link  # the peer's, in the pod's namespace
-        if not attachment.mac:
-            mac = link.parse(pod.run(link.get(index))[0]).mac
-            attachment = msgspec.structs.replace(attachment, mac=mac)
+        attachment = veth.with_own_mac(attachment, index, pod)
         before = [
             route.add(each, replace=True)
             for a in attachment.addresses
             for each in (
                 route.direct(host_prefix(a.gateway), index, source=a.address),
-                route.via(veth.network(a), a.gateway, index, source=a.address),
+                route.via(a.network, a.gateway, index, source=a.address),
             )
         ]
         pod.run(

@@ -33,7 +33,7 @@ from podwire.kernel.rule import Rule
 from podwire.net import Address, Prefix, parse_address
 from podwire.wiring import KERNEL_PROTOCOL, Attachment, HostLink, PodAddress, PodRoute, veth
 from podwire.wiring.interference import taken_away
-from podwire.wiring.veth import host_prefix
+from podwire.wiring.veth import VethWiring, host_prefix
 
 PREFIX = "eni"
 GATEWAYS = {4: parse_address("169.254.1.1"), 16: parse_address("fe80::1")}
@@ -90,19 +90,14 @@ class _State(NamedTuple):
         )
 
 
-class RoutedWiring:
-    """A `Wiring` of the namespace it was made in (`netns_fd`; default: the caller's)."""
+class RoutedWiring(VethWiring):
+    """A `Wiring`."""
 
     def __init__(self, netns_fd: int | None = None) -> None:
-        self._netns_fd = netns_fd
-        self._host = NetlinkSocket(netns_fd=netns_fd)
+        super().__init__(netns_fd)
         self._lock = threading.Lock()
-        self._forwarding: set[int] = set()
         self._live: dict[int, Attachment] = {}  # by the host end's index, which is never reused
         self._silenced: set[int] = set()
-
-    def close(self) -> None:
-        self._host.close()
 
     def host_ifname(self, attachment: Attachment) -> str:
         return host_ifname(attachment)
@@ -150,7 +145,7 @@ class RoutedWiring:
     def renew(self, attachment: Attachment) -> None:
         with self._lock:
             self._live[attachment.host_ifindex] = attachment
-            veth.renew_neighbours(self._host, attachment)
+            super().renew(attachment)
 
     def silence(self, attachment: Attachment) -> None:
         index = attachment.host_ifindex
@@ -170,7 +165,7 @@ class RoutedWiring:
     def purge(self, host_ifnames: Collection[str]) -> None:
         with self._lock:
             in_use = {each.host_ifname for each in self._live.values()}
-        veth.purge(self._host, [name for name in host_ifnames if name not in in_use])
+        super().purge([name for name in host_ifnames if name not in in_use])
 
     def links(self) -> Collection[str]:
         return {each.name for each in self._host_ends()}
@@ -215,11 +210,9 @@ class RoutedWiring:
         return veth.make(self._host, requests, name, ifname, netns_fd)
 
     def _set_up_host(self, attachment: Attachment) -> None:
-        sizes = {len(each.address) for each in attachment.addresses}
-        if not sizes <= self._forwarding:
-            sysctl.write({veth.FORWARDING[size]: 1 for size in sizes}, self._netns_fd)
-            self._forwarding |= sizes
-        if 16 in sizes:  # before the link is up, or a pod's router advertisement may be heard
+        self._enable_forwarding(attachment.addresses)
+        if any(len(each.address) == 16 for each in attachment.addresses):
+            # Before the link is up, or a pod's router advertisement may be heard.
             conf = f"net.ipv6.conf.{sysctl.interface(attachment.host_ifname)}"
             sysctl.write({f"{conf}.accept_ra": 0}, self._netns_fd)
         alias = str(attachment.pod) or None

@@ -1,14 +1,16 @@
-"""What the veth wirings share: names, MACs, and the pod's end of the pair."""
+"""What the wirings share: names, MACs, the pair and the pod's end of it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import msgspec
 
 from podwire.errors import KernelError
-from podwire.kernel import address, link, neighbour, route
+from podwire.kernel import address, link, neighbour, route, sysctl
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.neighbour import Neighbour
 from podwire.kernel.netlink import NetlinkSocket, Request
@@ -19,6 +21,8 @@ PREFIX = "pw"
 _NAME_LENGTH = 14
 # Links that are silenced and wait for their removal; any number nobody else uses.
 DYING_GROUP = 0x7077
+
+_FORWARDING = {4: "net.ipv4.ip_forward", 16: "net.ipv6.conf.all.forwarding"}
 
 
 def host_ifname(key: Key) -> str:
@@ -48,12 +52,6 @@ def link_local(mac: bytes) -> Address:
 
 def host_prefix(address: Address) -> Prefix:
     return Prefix(address, len(address) * 8)
-
-
-def network(address: PodAddress) -> Prefix:
-    bits = len(address.address) * 8
-    number = int.from_bytes(address.address, "big") >> (bits - address.length)
-    return Prefix((number << (bits - address.length)).to_bytes(bits // 8, "big"), address.length)
 
 
 def gateway_for(attachment: Attachment, prefix: Prefix) -> Address:
@@ -162,15 +160,6 @@ def make(
     raise failures[0].error()
 
 
-def purge(host: NetlinkSocket, names: Collection[str]) -> None:
-    """Delete the links together: one grace period of the kernel for all, not one for each."""
-    if not names:
-        return
-    gone = (errno.ENODEV,)
-    host.run(*(link.change(name, group=DYING_GROUP).tolerating(*gone) for name in names))
-    host.run(link.delete_group(DYING_GROUP).tolerating(*gone))
-
-
 def check_pod(attachment: Attachment, pod: NetlinkSocket) -> list[str]:
     """How the pod's end differs from the attachment, one sentence each."""
     ifname = attachment.key.ifname
@@ -200,14 +189,6 @@ def check_pod(attachment: Attachment, pod: NetlinkSocket) -> list[str]:
     return problems
 
 
-def renew_neighbours(host: NetlinkSocket, attachment: Attachment) -> None:
-    """Give our permanent entries of the pod's addresses the attachment's MAC."""
-    addresses = {each.address for each in attachment.addresses}
-    for each in neighbour.dump(host):
-        if each.address in addresses and each.protocol == KERNEL_PROTOCOL:
-            host.run(neighbour.add(each._replace(mac=attachment.mac)))
-
-
 def forget_neighbours(host: NetlinkSocket, attachment: Attachment, index: int) -> None:
     """Take away the permanent entries of the pod's addresses on that link."""
     requests = [
@@ -217,10 +198,54 @@ def forget_neighbours(host: NetlinkSocket, attachment: Attachment, index: int) -
         host.attempt(requests)
 
 
-def host_ends(host: NetlinkSocket) -> set[str]:
-    """The host ends of all pairs made here, whichever wiring made them."""
-    return {each.name for each in link.dump(host, kind="veth") if is_host_ifname(each.name)}
+class VethWiring:
+    """What the wirings of a namespace (`netns_fd`; default: the caller's) do alike.
+
+    See `podwire.wiring.Wiring`.
+    """
+
+    def __init__(self, netns_fd: int | None = None) -> None:
+        self._netns_fd = netns_fd
+        self._host = NetlinkSocket(netns_fd=netns_fd)
+        self._forwarding: set[int] = set()
+
+    def close(self) -> None:
+        self._host.close()
+
+    def host_ifname(self, attachment: Attachment) -> str:
+        return host_ifname(attachment.key)
+
+    def renew(self, attachment: Attachment) -> None:
+        """Give our permanent entries of the pod's addresses the attachment's MAC."""
+        addresses = {each.address for each in attachment.addresses}
+        for each in neighbour.dump(self._host):
+            if each.address in addresses and each.protocol == KERNEL_PROTOCOL:
+                self._host.run(neighbour.add(each._replace(mac=attachment.mac)))
+
+    def purge(self, host_ifnames: Collection[str]) -> None:
+        """Delete the links together: one grace period of the kernel for all, not one for each."""
+        if not host_ifnames:
+            return
+        gone = (errno.ENODEV,)
+        dying = (link.change(name, group=DYING_GROUP) for name in host_ifnames)
+        self._host.run(*(request.tolerating(*gone) for request in dying))
+        self._host.run(link.delete_group(DYING_GROUP).tolerating(*gone))
+
+    def links(self) -> Collection[str]:
+        """The host ends of all pairs made here, whichever wiring made them."""
+        pairs = link.dump(self._host, kind="veth")
+        return {each.name for each in pairs if is_host_ifname(each.name)}
+
+    def _enable_forwarding(self, addresses: Iterable[PodAddress]) -> None:
+        sizes = {len(each.address) for each in addresses}
+        if not sizes <= self._forwarding:
+            sysctl.write({_FORWARDING[size]: 1 for size in sizes}, self._netns_fd)
+            self._forwarding |= sizes
 
 
-FORWARDING = {4: "net.ipv4.ip_forward", 16: "net.ipv6.conf.all.forwarding"}
-"""What lets the host forward, by the length of an address."""
+def with_own_mac(attachment: Attachment, index: int, pod: NetlinkSocket) -> Attachment:
+    """The attachment with the MAC that the kernel chose for the pod's end, unless it has one."""
+    if attachment.mac:
+        return attachment
+    mac = link.parse(pod.run(link.get(index))[0]).mac
+    return msgspec.structs.replace(attachment, mac=mac)

@@ -74,7 +74,8 @@ class World:
         return shim.wait(timeout=30), output
 
     def host_ends(self) -> set[str]:
-        return veth.host_ends(self.sock)
+        pairs = link.dump(self.sock, kind="veth")
+        return {each.name for each in pairs if veth.is_host_ifname(each.name)}
 
     def going(self) -> set[str]:
         state = self.node.state()
