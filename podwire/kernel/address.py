@@ -26,12 +26,10 @@ _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _ADDRESS, _LOCAL, _BROADCAST, _FLAGS = 1, 2, 4, 8
 
 F_NODAD = 0x02
-F_DADFAILED = 0x08
 F_TENTATIVE = 0x40
-F_PERMANENT = 0x80
 F_NOPREFIXROUTE = 0x200
 
-SCOPE_GLOBAL, SCOPE_LINK, SCOPE_HOST = 0, 253, 254
+SCOPE_GLOBAL, SCOPE_LINK = 0, 253
 
 
 class InterfaceAddress(NamedTuple):

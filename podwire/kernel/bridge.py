@@ -32,23 +32,20 @@ from podwire.kernel.netlink import (
 
 _AF_BRIDGE = 7
 _IFNAME, _LINKINFO, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 3, 18, 4, 5
-_PROTINFO, _AF_SPEC, _EXT_MASK = 12, 26, 29
+_AF_SPEC, _EXT_MASK = 26, 29
 _BRIDGE_FLAGS, _BRIDGE_VLAN_INFO = 0, 2
 _FLAGS_SELF = 2
 _EXT_VLANS_COMPRESSED = 1 << 2
 _VLAN_INFO = struct.Struct("=HH")  # flags, VLAN id
 _PVID, _UNTAGGED, _RANGE_BEGIN, _RANGE_END = 1 << 1, 1 << 2, 1 << 3, 1 << 4
 
-_HAIRPIN, _LEARNING, _FLOOD, _NEIGH_SUPPRESS, _ISOLATED = 4, 8, 9, 32, 33
+_HAIRPIN, _ISOLATED = 4, 33
 
 
 class PortFlags(NamedTuple):
     """How a bridge treats a port; the defaults are the kernel's."""
 
     hairpin: bool = False
-    learning: bool = True
-    unicast_flood: bool = True
-    neigh_suppress: bool = False
     isolated: bool = False
 
 
@@ -57,21 +54,7 @@ def port_flags(link: Link) -> PortFlags | None:
     if link.port_kind != "bridge":
         return None
     found = attributes(link.port_data)
-    kinds = (_HAIRPIN, _LEARNING, _FLOOD, _NEIGH_SUPPRESS, _ISOLATED)
-    return PortFlags(*(found.get(kind, b"\0") != b"\0" for kind in kinds))
-
-
-def set_port_flags(port: int, flags: PortFlags) -> Request:
-    """Set all flags of the port with that link index."""
-    values = (
-        u8(_HAIRPIN, flags.hairpin),
-        u8(_LEARNING, flags.learning),
-        u8(_FLOOD, flags.unicast_flood),
-        u8(_NEIGH_SUPPRESS, flags.neigh_suppress),
-        u8(_ISOLATED, flags.isolated),
-    )
-    body = IFINFO.pack(_AF_BRIDGE, 0, port, 0, 0) + nest(_PROTINFO, *values)
-    return Request(RTM_SETLINK, 0, body, f"set the flags of bridge port {port}")
+    return PortFlags(*(found.get(kind, b"\0") != b"\0" for kind in (_HAIRPIN, _ISOLATED)))
 
 
 def change_port(

@@ -190,13 +190,6 @@ def add_vlan(end: End, lower: int, vlan: int, *, up: bool = False) -> Request:
     return add(end, "vlan", u16(1, vlan), up=up, link=lower)
 
 
-MACVLAN_MODES = {"private": 1, "vepa": 2, "bridge": 4, "passthru": 8}
-
-
-def add_macvlan(end: End, lower: int, mode: str = "bridge", *, up: bool = False) -> Request:
-    return add(end, "macvlan", u32(1, MACVLAN_MODES[mode]), up=up, link=lower)
-
-
 def add_bridge(
     end: End,
     *,

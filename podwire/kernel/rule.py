@@ -31,7 +31,7 @@ _DST, _SRC, _IIFNAME, _PRIORITY, _FWMARK = 1, 2, 3, 6, 10
 _TABLE, _FWMASK, _OIFNAME, _PROTOCOL = 15, 16, 17, 21
 _INVERT = 2
 
-TO_TABLE, UNREACHABLE = 1, 7
+TO_TABLE = 1
 ANY_IPV4, ANY_IPV6 = Prefix(bytes(4), 0), Prefix(bytes(16), 0)
 
 

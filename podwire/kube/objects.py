@@ -36,16 +36,6 @@ class Metadata(Object, frozen=True, kw_only=True):
     owner_references: list[OwnerReference] = []
 
 
-class NamespacedName(Object, frozen=True, kw_only=True):
-    """`str()` is ``namespace/name``, or ``name`` for cluster-scoped objects."""
-
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}" if self.namespace else self.name
-
-
 class Resource(Object, frozen=True, kw_only=True):
     """Anything with metadata."""
 
@@ -145,7 +135,6 @@ class ServicePort(Object, frozen=True, kw_only=True):
     protocol: str = "TCP"
     port: int = 0
     node_port: int = 0
-    app_protocol: str = ""
 
 
 class ClientIPConfig(Object, frozen=True, kw_only=True):
@@ -160,21 +149,16 @@ class ServiceSpec(Object, frozen=True, kw_only=True):
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(name="clusterIP", default="")
     cluster_ips: list[str] = msgspec.field(name="clusterIPs", default=[])
-    ip_families: list[str] = []
     ports: list[ServicePort] = []
     selector: dict[str, str] | None = None
     external_ips: list[str] = msgspec.field(name="externalIPs", default=[])
     external_name: str = ""
-    load_balancer_ip: str = msgspec.field(name="loadBalancerIP", default="")
     load_balancer_source_ranges: list[str] = []
-    load_balancer_class: str | None = None
     session_affinity: str = "None"
     session_affinity_config: SessionAffinityConfig | None = None
     internal_traffic_policy: str | None = None
     external_traffic_policy: str = ""
     health_check_node_port: int = 0
-    publish_not_ready_addresses: bool = False
-    traffic_distribution: str | None = None
 
 
 class LoadBalancerIngress(Object, frozen=True, kw_only=True):

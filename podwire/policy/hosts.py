@@ -7,7 +7,7 @@ the host's network own nothing: their address is the node's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -254,6 +254,3 @@ def pod_host(facts: PodFacts, namespaces: Mapping[str, Labels]) -> Host:
     return Host(
         "pod", namespace, name, facts.labels, namespace_labels(namespaces, namespace), facts.ports
     )
-
-
-Resolver = Callable[[Address], Host]

@@ -86,10 +86,10 @@ def test_bridge_port_flags(sock: NetlinkSocket) -> None:
     sock.run(link.add_bridge(End("br0")), link.add_veth(End("a"), End("b")))
     br0 = present(sock, "br0")
     sock.run(link.change("a", master=br0.index))
-    flags = bridge.PortFlags(hairpin=True, learning=False, isolated=True, neigh_suppress=True)
-    sock.run(bridge.set_port_flags(present(sock, "a").index, flags))
+    assert bridge.port_flags(present(sock, "a")) == bridge.PortFlags()
+    sock.run(bridge.change_port("a", hairpin=True), bridge.change_port("a", isolated=True))
     assert bridge.port_flags(br0) is None
-    assert bridge.port_flags(present(sock, "a")) == flags
+    assert bridge.port_flags(present(sock, "a")) == bridge.PortFlags(hairpin=True, isolated=True)
 
 
 def test_bridge_vlans(sock: NetlinkSocket) -> None:
@@ -129,13 +129,11 @@ def test_vxlan_reads_back(sock: NetlinkSocket, wanted: vxlan.Vxlan) -> None:
 
 def test_other_kinds(sock: NetlinkSocket) -> None:
     sock.run(link.add_veth(End("a"), End("b")), link.add_ifb(End("ifb9")))
-    sock.run(link.add_macvlan(End("mv0"), present(sock, "a").index))
     assert {found.name: found.kind for found in link.dump(sock)} == {
         "lo": "",
         "a": "veth",
         "b": "veth",
         "ifb9": "ifb",
-        "mv0": "macvlan",
     }
 
 

@@ -11,7 +11,6 @@ from functools import cache
 from importlib import resources
 
 PREFIX_ADDRESSES = 16  # in a /28, the only size EC2 delegates for IPv4
-MAX_PODS_UNKNOWN = 110  # kubelet's own default
 
 
 @dataclass(frozen=True)
