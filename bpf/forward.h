@@ -13,7 +13,7 @@ struct endpoint { /* a pod of this node, found by its address */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 4096);
+	__uint(max_entries, 8192);
 	__type(key, struct address);
 	__type(value, struct endpoint);
 } endpoints SEC(".maps");

@@ -141,7 +141,7 @@ def build(options: Options, node: Node) -> Built:
         _add_nodes(built, options)
     if "services" in options.parts:
         _add_services(built, options, node, room)
-    refusals = _add_refusals(built)
+    refusals = _add_ebpf(built)
     policy = _add_policy(built, options, refusals) if "policy" in options.parts else None
     if "cni" in options.parts:
         _add_cni(built, options, node, policy)
@@ -233,13 +233,16 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
     built.serving.append(serve)
 
 
-def _add_refusals(built: Built) -> Refusals | None:
+def _add_ebpf(built: Built) -> Refusals | None:
     programs = built.datapath.programs
     if programs is None:
         return None
     refusals = Refusals(programs)
     built.serving.append(refusals.serve)
     built.tasks.append(refusals.run)
+    maps = ebpf.MapWatch(programs)
+    built.reasons.append(maps.reasons)
+    built.tasks.append(maps.run)
     return refusals
 
 

@@ -24,8 +24,11 @@ class EbpfSource:
         self._programs = programs
 
     def usage(self) -> Usage:
-        used = sum(1 for _, value in self._items() if not CONNECTION.unpack(value)[4] & _REPLY)
-        return Usage(used, self._programs.growing["connections"].capacity // 2)
+        """Walked in the kernel; the limit is what the table can grow to."""
+        connections = self._programs.connections
+        with self._programs.lock:
+            connections.expire()
+        return Usage(connections.held // 2, connections.limit // 2)
 
     def statistics(self) -> Mapping[str, int]:
         """Packets lost for want of room or ports."""

@@ -110,7 +110,7 @@ def entry_key(n):
 
 def test_a_full_map_says_so():
     table = Map.create(MapType.HASH, 4, 8, 4, flags=MapFlag.NO_PREALLOC, name="small")
-    with pytest.raises(KernelError, match=r"map small: batch update after 4 .*\(4 entries\)"):
+    with pytest.raises(KernelError, match=r"map small is full: it has room for 4 entries"):
         table.update_batch(entry(n) for n in range(10))
     table.close()
 

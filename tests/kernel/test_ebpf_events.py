@@ -35,12 +35,13 @@ CAGED = {"podSelector": {"matchLabels": {"app": "client"}}, "policyTypes": ["Egr
 class Node1:
     """The node's policies, as an agent holds them; `restart` forgets all that a process knows."""
 
-    def __init__(self, world):
+    def __init__(self, world, programs=None):
         self.world = world
-        self.start()
+        self.start(programs)
 
-    def start(self):
-        self.part = PolicyPart(programs=Programs(self.world.name, self.world.spaces["node"]))
+    def start(self, programs=None):
+        programs = programs or Programs(self.world.name, self.world.spaces["node"])
+        self.part = PolicyPart(programs=programs)
         self.part.start()
         self.store, self.compiler = Store(), PolicyCompiler("node")
         for name, address in (("node", NODE), ("other", OUTSIDE)):

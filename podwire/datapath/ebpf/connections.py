@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,8 +10,6 @@ from podwire.net import Address
 
 if TYPE_CHECKING:
     from podwire.datapath.ebpf.programs import Programs
-
-log = logging.getLogger(__name__)
 
 LIMIT = 2 << 20
 """Entries beyond which the table does not grow: 1,048,576 connections, as kube-proxy's cap."""
@@ -40,25 +37,38 @@ class Collected(NamedTuple):
 
 
 class Connections:
-    """Reads and prunes the table; entries are made by the programs alone."""
+    """Reads and prunes the table; entries are made by the programs alone.
 
-    def __init__(self, programs: Programs) -> None:
+    The table grows to `most` entries.
+    """
+
+    def __init__(self, programs: Programs, most: int = LIMIT) -> None:
         self._programs = programs
+        self._most = most
+        self.limit = most
+        """Entries that it can have: fewer than `most` while the kernel refuses a larger table."""
+        self.held = 0
+        """Entries when they were last walked; a connection has two."""
+        self.affinities = 0
+        """Clients with an affinity when they were last walked."""
 
     def expire(self) -> Collected:
         """Remove what has been silent for too long: TCP a day, closed TCP 30 s, UDP 30 to 120 s."""
-        self._run("collect_affinities", CollectMode.EXPIRE)
-        return self._run("collect", CollectMode.EXPIRE)
+        self.affinities = self._run("collect_affinities", CollectMode.EXPIRE).walked
+        done = self._run("collect", CollectMode.EXPIRE)
+        self.held = done.walked - done.removed
+        return done
 
     def maintain(self) -> Collected:
-        """Remove what is old, and grow when three quarters are taken. Call every few seconds."""
+        """Remove what is old, and grow when three quarters are taken. Call every few seconds.
+
+        Raises KernelError when the kernel refuses a larger table; the present one goes on.
+        """
         done = self.expire()
-        held, capacity = done.walked - done.removed, self.capacity
-        if 4 * held > 3 * capacity:
-            if capacity < LIMIT:
-                self.grow(2 * capacity)
-            else:
-                log.warning("the connection table is nearly full: %d of %d", held, capacity)
+        if 4 * self.held > 3 * self.capacity and self.capacity < self._most:
+            self.limit = self.capacity
+            self.grow(min(2 * self.capacity, self._most))
+            self.limit = self._most
         return done
 
     @property
@@ -70,9 +80,9 @@ class Connections:
         """Put a larger table in place. Programs look into both until all entries have moved."""
         outer = self._programs.maps["connections"]
         growing = self._programs.growing["connections"]
-        old = growing.map
-        outer.update(_RETIRING, NUMBER.pack(old.fd))
-        growing.exchange(capacity)
+        larger = growing.make(capacity)
+        outer.update(_RETIRING, NUMBER.pack(growing.map.fd))
+        old = growing.exchange(larger)
         self._run("collect", CollectMode.MOVE)
         outer.delete(_RETIRING)
         old.close()
@@ -80,11 +90,17 @@ class Connections:
     def forget(self, members: Sequence[bytes]) -> Collected:
         """End UDP flows to these backends (keys of the `members` map, local 0)."""
         doomed = self._programs.maps["doomed"]
-        doomed.update_batch((member, b"\1") for member in members)
-        try:
-            return self._run("collect", CollectMode.DOOMED)
-        finally:
-            doomed.delete_batch(members)
+        size = doomed.info.max_entries
+        total = Collected(0, 0, 0)
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
+            doomed.update_batch((member, b"\1") for member in part)
+            try:
+                done = self._run("collect", CollectMode.DOOMED)
+            finally:
+                doomed.delete_batch(part)
+            total = Collected(done.walked, total.removed + done.removed, total.failed + done.failed)
+        return total
 
     def clear(self) -> None:
         """Forget all connections; those through Services end."""

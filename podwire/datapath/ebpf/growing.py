@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from podwire.datapath.ebpf.layout import NUMBER
+from podwire.errors import KernelError
 from podwire.kernel.bpf import Map, MapFlag, MapType
 
 _CURRENT = NUMBER.pack(0)
@@ -21,7 +22,7 @@ class GrowingMap:
         self._shape = (type, key, value)
         self._flags = MapFlag.INNER_MAP if type == MapType.ARRAY else MapFlag.NO_PREALLOC
         found = outer.inner(_CURRENT)
-        self.map = found or self._make(capacity)
+        self.map = found or self.make(capacity)
         if found is None:
             self._put()
         self._count = len(self.read()) if found and type != MapType.ARRAY else 0
@@ -37,16 +38,19 @@ class GrowingMap:
         """Make room for `count` entries in all: at least doubles when it grows."""
         if count <= self.capacity:
             return
-        old = self.map
-        self.map = self._make(max(count + count // 4, 2 * self.capacity))
-        self.map.update_batch(old.items())
-        self._put()
-        old.close()
+        larger = self.make(max(count + count // 4, 2 * self.capacity))
+        try:
+            larger.update_batch(self.map.items())
+        except KernelError:
+            larger.close()
+            raise
+        self.exchange(larger).close()
 
-    def exchange(self, capacity: int) -> None:
-        """Put an empty map of this capacity in place; the caller keeps the old one."""
-        self.map = self._make(capacity)
+    def exchange(self, new: Map) -> Map:
+        """Put another map in place; returns the one that was."""
+        old, self.map = self.map, new
         self._put()
+        return old
 
     def write(self, entries: Mapping[bytes, bytes], added: int) -> None:
         """Write entries, of which `added` have keys that the map does not hold yet."""
@@ -82,7 +86,8 @@ class GrowingMap:
         """
         self._put()
 
-    def _make(self, capacity: int) -> Map:
+    def make(self, capacity: int) -> Map:
+        """An empty map of this kind, not in force yet."""
         return Map.create(*self._shape, capacity, flags=self._flags, name=self.name)
 
     def _put(self) -> None:

@@ -6,6 +6,7 @@ A pod's packets are checked for its own addresses, and go straight into the othe
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from podwire.datapath.ebpf.programs import Programs, netns_cookie
 from podwire.errors import KernelError
 from podwire.kernel import netns
 from podwire.net import Address
+
+log = logging.getLogger(__name__)
 
 
 class PodLink(NamedTuple):
@@ -57,10 +60,21 @@ class EbpfPods:
         self._programs.enable("pods")
 
     def add(self, pod: PodLink) -> None:
-        """From now on the pod is reached directly, and may use its own addresses only."""
+        """From now on the pod is reached directly, and may use its own addresses only.
+
+        Raises KernelError, with nothing of it left, when a map is full.
+        """
         known = self._links.get(pod.ifindex)
         if known == pod:
             return
+        self._links[pod.ifindex] = pod
+        try:
+            self._write(pod)
+        except KernelError:
+            self.remove(pod.ifindex)
+            raise
+
+    def _write(self, pod: PodLink) -> None:
         write_interface(self._programs, pod.ifindex, pod.addresses, pod.mac)
         self._programs.add_pod(pod.ifindex)
         cookie = _cookie(pod.netns)
@@ -74,7 +88,6 @@ class EbpfPods:
         self._programs.maps["endpoints"].update_batch(
             (mapped(address), value) for address in pod.addresses
         )
-        self._links[pod.ifindex] = pod
 
     def remove(self, ifindex: int) -> None:
         """The pod is gone, or going."""
@@ -100,7 +113,10 @@ class EbpfPods:
         for ifindex in [i for i in self._links if i not in wanted]:
             self.remove(ifindex)
         for pod in wanted.values():
-            self.add(pod)
+            try:
+                self.add(pod)
+            except KernelError as error:  # the others are not held up
+                log.error("pod behind interface %d is not served: %s", pod.ifindex, error)
 
 
 def write_interface(

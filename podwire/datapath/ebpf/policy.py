@@ -26,6 +26,7 @@ from podwire.datapath.ebpf.layout import (
 from podwire.datapath.ebpf.pods import write_interface
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.rulings import Ruling, Rulings, ruling_of
+from podwire.errors import KernelError
 from podwire.kernel import link as links
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address, Protocol, range_to_prefixes
@@ -55,7 +56,7 @@ class PolicyPart:
         self._programs = programs or Programs(netns_fd=netns_fd)
         self._shared = programs is not None
         self._table: PolicyTable | None = None
-        self._rulings = Rulings(lambda: self._programs.maps["rulings"])
+        self._rulings = Rulings(self._programs)
 
     def close(self) -> None:
         """Let go of programs of its own; what is attached goes on."""
@@ -74,7 +75,11 @@ class PolicyPart:
     def apply(self, table: PolicyTable) -> None:
         """Make the maps hold `table`."""
         with self._programs.lock:
-            self._apply(table)
+            try:
+                self._apply(table)
+            except KernelError:
+                self._table = None  # what the maps hold is not known: the next one is written whole
+                raise
 
     def _apply(self, table: PolicyTable) -> None:
         old, self._table = self._table, table
@@ -82,7 +87,7 @@ class PolicyPart:
         growing = self._programs.growing
         if old is None:
             entries = self._spell(table)
-            self._rulings.adopt()
+            self._rulings.adopt(table)
             for kind, wanted in entries.items():
                 growing[kind].replace(wanted)
             self._attach(table.endpoints.values())
@@ -99,7 +104,7 @@ class PolicyPart:
             else (_exact(old, delta.addresses), _exact(table, delta.addresses))
         )
         subjects = _subjects(gone), _subjects(changed)
-        self._rulings.write()
+        self._rulings.write(table)
         _write(growing["rules"], *rules)
         _write(growing["identities"], *identities)
         _write(growing["subjects"], *subjects)
@@ -148,12 +153,19 @@ class PolicyPart:
 
     def _attach(self, endpoints: Iterable[Endpoint]) -> None:
         """Put the pods' program on their links; a link that is not there yet waits for verify."""
+        failure: KernelError | None = None
         with NetlinkSocket(netns_fd=self._programs.netns_fd) as netlink:
             for endpoint in endpoints:
                 found = links.find(netlink, endpoint.link)
-                if found is not None:
+                if found is None:
+                    continue
+                try:
                     write_interface(self._programs, found.index, endpoint.addresses)
                     self._programs.add_pod(found.index)
+                except KernelError as error:  # one pod less; the others are not held up
+                    failure = error
+        if failure is not None:
+            raise failure
 
     def _spell(self, table: PolicyTable) -> dict[str, dict[bytes, bytes]]:
         return {

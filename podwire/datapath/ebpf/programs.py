@@ -7,6 +7,7 @@ program of each link in one step. Traffic goes on in between.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from podwire.datapath.ebpf.connections import Connections
+from podwire.datapath.ebpf.connections import LIMIT, Connections
 from podwire.datapath.ebpf.growing import GrowingMap
 from podwire.datapath.ebpf.housekeeping import Housekeeping
 from podwire.datapath.ebpf.layout import (
@@ -99,7 +100,7 @@ class Programs:
     `netns_fd` is the node's network namespace (default: the caller's), `node` names the folder of
     pins (default: one for the namespace). `cgroup` is the cgroup v2 directory whose processes get
     Services at the socket; None: nobody. `connections` is the room for connection entries (two
-    each) to begin with.
+    each) to begin with; `room` the sizes of maps that do not grow, when they are made.
     """
 
     def __init__(
@@ -109,11 +110,15 @@ class Programs:
         *,
         cgroup: Path | None = None,
         connections: int = 131072,
+        room: Mapping[str, int] | None = None,
     ) -> None:
         self._netns_fd = netns_fd
         self.node = node or f"net-{_namespace(netns_fd)}"
         self._cgroup = cgroup
         self._capacity = connections
+        self._room = room or {}
+        self.held: dict[str, int] = {}
+        """Entries of maps whose writers count them."""
         self._features: set[str] = set()
         self._objects: dict[str, LoadedObject] = {}
         self._links: dict[str, Link] = {}
@@ -124,6 +129,7 @@ class Programs:
         self._detect = DetectBy.NONE
         self.maps: dict[str, Map] = {}
         self.growing: dict[str, GrowingMap] = {}
+        self.connections = Connections(self, self._room.get("connections", LIMIT))
         self._housekeeping = Housekeeping(netns_fd, self._keep_house, self._follow_links)
         self.lock = threading.RLock()
         """Held by whoever uses programs or maps while others may replace them."""
@@ -269,11 +275,6 @@ class Programs:
         self.close()
         pins.remove(self.folder)
 
-    @property
-    def connections(self) -> Connections:
-        """The connection table."""
-        return Connections(self)
-
     def close_sockets(self, remotes: Collection[tuple[Address, bytes]]) -> None:
         """Close connected UDP sockets that a Service led to one of these (address, packed port).
 
@@ -283,16 +284,21 @@ class Programs:
             return
         gone = self.maps["gone"]
         keys = [REMOTE.pack(mapped(address), port) for address, port in remotes]
-        gone.update_batch((key, b"\1") for key in keys)
         link = Link.iterator(self.program("terminate"))
         try:
-            with netns.entered(self._netns_fd):
-                link.run()
-            for path in self.namespaces.values():
-                _run_in(path, link)
+            for start in range(0, len(keys), gone.info.max_entries):
+                part = keys[start : start + gone.info.max_entries]
+                gone.update_batch((key, b"\1") for key in part)
+                self._walk_sockets(link)
+                gone.delete_batch(part)
         finally:
             link.close()
-            gone.delete_batch(keys)
+
+    def _walk_sockets(self, link: Link) -> None:
+        with netns.entered(self._netns_fd):
+            link.run()
+        for path in self.namespaces.values():
+            _run_in(path, link)
 
     def _follow_links(self) -> None:
         with self.lock:
@@ -336,6 +342,8 @@ class Programs:
             if found:
                 kept[name] = found
                 spec.use_map(name, found)
+            elif name in self._room:
+                spec.set_max_entries(name, self._room[name])
         spec.set_constants({k: v for k, v in self._constants().items() if k in spec.constants})
         try:
             loaded = spec.load()
@@ -434,6 +442,9 @@ class Programs:
     def _detach(self, name: str) -> None:
         link = self._links.pop(name, None)
         if link:
+            # at once, so that another may come here; without, the kernel does it some time later
+            with contextlib.suppress(KernelError):
+                link.detach()
             link.close()
             (self.folder / "links" / name).unlink(missing_ok=True)
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from podwire.datapath.counts import PolicyCount
 from podwire.datapath.ebpf.layout import RULING
+from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel.bpf import Map
 from podwire.policy import Direction, PolicyRef, PolicyTable, Verdict
+from podwire.policy.model import Policy
 from podwire.policy.rulesets import RuleSet
 from podwire.policy.verdicts import Outcome
 
@@ -40,20 +42,34 @@ def ruling_of(rule_set: RuleSet, outcome: Outcome) -> Ruling:
     return Ruling(outcome.verdict, rule_set.direction, policies)
 
 
+def _in_use(table: PolicyTable) -> set[Ruling]:
+    found: set[Ruling] = set()
+    for rule_set in table.rule_sets.values():
+        different = {id(v): v for v in (rule_set.default, *rule_set.entries.values())}
+        for verdicts in different.values():
+            outcomes = {span.outcome for _, spans in verdicts.protocols for span in spans}
+            found.update(ruling_of(rule_set, each) for each in outcomes | {verdicts.other})
+    return found
+
+
 class Rulings:
     """The rulings of one table, and the map in which programs count them.
 
-    `counters` gives the map; entries are made before a rule names them. A ruling for which the map
-    has no room is not counted; it holds all the same.
+    Entries are made before a rule names them. A ruling for which the map has no room is not
+    counted; it holds all the same.
     """
 
-    def __init__(self, counters: Callable[[], Map]) -> None:
-        self._counters = counters
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
         self._numbers: dict[Ruling, int] = {}
         self._by_number: dict[int, Ruling] = {}
         self._new: list[int] = []
         self._counted: set[int] = set()
-        self._policies: object = None
+        self._policies: Mapping[PolicyRef, Policy] | None = None
+
+    @property
+    def _counters(self) -> Map:
+        return self._programs.maps["rulings"]
 
     def number(self, ruling: Ruling) -> int:
         found = self._numbers.get(ruling)
@@ -67,54 +83,56 @@ class Rulings:
         """None for one that no table of this process holds (any more)."""
         return self._by_number.get(number)
 
-    def adopt(self) -> None:
+    def adopt(self, table: PolicyTable) -> None:
         """Keep the counts of an earlier process, as far as the table has their rulings."""
-        counters = self._counters()
+        counters = self._counters
         held = {RULING.unpack(key)[0] for key, _ in counters.items()}
         self._counted = held & self._by_number.keys()
         counters.delete_batch([RULING.pack(number) for number in held - self._counted])
         self._new = [number for number in self._by_number if number not in self._counted]
-        self.write()
+        self.write(table)
 
-    def write(self) -> None:
+    def write(self, table: PolicyTable) -> None:
         """Make the entries of new rulings, as far as there is room."""
         if not self._new:
             return
-        counters = self._counters()
-        room = counters.info.max_entries - len(self._counted)
+        counters = self._counters
+        room = counters.info.max_entries
+        if len(self._by_number) > room * 3 // 4:
+            self._drop(self._numbers.keys() - _in_use(table))
+        self._programs.held["rulings"] = len(self._by_number)
+        room -= len(self._counted)
         made, self._new = self._new[:room], self._new[room:]
         counters.update_batch((RULING.pack(number), counters.zero) for number in made)
         self._counted.update(made)
 
     def forget(self, table: PolicyTable) -> None:
-        """Drop those of policies that are gone: no rule bears their numbers any more."""
-        if table.policies is self._policies:
-            return
-        self._policies = table.policies
-        gone = [
-            ruling
-            for ruling in self._numbers
-            if not all(ref in table.policies for ref in ruling.policies)
-        ]
-        numbers = {self._numbers.pop(ruling) for ruling in gone}
+        """Drop those of policies that are gone: no rule bears their numbers any more.
+
+        Others stay, so that what a policy decided before it had company is still told.
+        """
+        if table.policies is not self._policies:
+            self._policies = table.policies
+            self._drop({r for r in self._numbers if not table.policies.keys() >= {*r.policies}})
+            self.write(table)
+
+    def _drop(self, rulings: Collection[Ruling]) -> None:
+        numbers = {self._numbers.pop(ruling) for ruling in rulings}
         for number in numbers:
             del self._by_number[number]
         self._new = [number for number in self._new if number not in numbers]
-        self._counters().delete_batch([RULING.pack(n) for n in numbers & self._counted])
+        self._counters.delete_batch([RULING.pack(number) for number in numbers & self._counted])
         self._counted -= numbers
+        self._programs.held["rulings"] = len(self._by_number)
 
     def counts(self) -> list[PolicyCount]:
         """How often each ruling was made, most packets first."""
         packets = {
             RULING.unpack(key)[0]: sum(n for (n,) in struct.iter_unpack("=Q", values))
-            for key, values in self._counters().items()
+            for key, values in self._counters.items()
         }
         found = [
             PolicyCount(*ruling, packets.get(number, 0))
             for number, ruling in self._by_number.items()
         ]
         return sorted(found, key=lambda count: -count.packets)
-
-    def fill(self) -> tuple[int, int]:
-        """Rulings to count, and those that fit."""
-        return len(self._by_number), self._counters().info.max_entries

@@ -26,6 +26,7 @@ from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.settings import AddressCounts, write_settings
 from podwire.datapath.ebpf.slots import EMPTY, Run, Slots
 from podwire.datapath.ebpf.spelling import Lease
+from podwire.errors import KernelError
 from podwire.net import Address, Protocol
 from podwire.services import (
     Backend,
@@ -109,17 +110,29 @@ class ServicesPart:
     def apply(self, table: ServiceTable) -> None:
         """Make the maps hold `table`."""
         with self._programs.lock:
-            delta = table.delta(self._table)
+            try:
+                self._apply(table)
+            except KernelError:
+                self._start_over()
+                raise
+
+    def _apply(self, table: ServiceTable) -> None:
+        delta = table.delta(self._table)
+        if delta.settings:
+            self._apply_settings(table.settings)
+        if self._table is None:
+            self._adopt(table)
+        else:
             if delta.settings:
-                self._apply_settings(table.settings)
-            if self._table is None:
-                self._adopt(table)
-            else:
-                if delta.settings:
-                    self._rewrite(self._table.ports, table.settings)
-                if delta.ports:
-                    self._change(delta.ports, table.settings)
-            self._table = table
+                self._rewrite(self._table.ports, table.settings)
+            if delta.ports:
+                self._change(delta.ports, table.settings)
+        self._table = table
+
+    def _start_over(self) -> None:
+        """What the maps hold is not known: the next table is written as after a restart."""
+        self._table, self._leases = None, {}
+        self._slots, self._tables, self._addresses = Slots(), Slots(), AddressCounts()
 
     def flush(self) -> None:
         """Make slots of lists that are gone available again, after a grace period."""

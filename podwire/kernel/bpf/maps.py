@@ -252,11 +252,14 @@ class Map:
         return result, code, struct.unpack_from("=I", request, 32)[0]
 
     def _check(self, code: int, what: str) -> None:
-        if code:
-            full = f" ({self.info.max_entries} entries)" if code == errno.E2BIG else ""
+        if code in (errno.E2BIG, errno.ENOSPC):  # what hashes and tries say
             raise KernelError(
-                f"map {self.info.name}: {what}: {os.strerror(code)}{full}", errno=code
+                f"eBPF map {self.info.name} is full: it has room for {self.info.max_entries:,} "
+                f"entries ({what})",
+                errno=code,
             )
+        if code:
+            raise KernelError(f"eBPF map {self.info.name}: {what}: {os.strerror(code)}", errno=code)
 
 
 def map_info(fd: int) -> MapInfo:

@@ -1,0 +1,165 @@
+"""Maps of the eBPF data path driven to full: told before, named when, and traffic goes on."""
+
+import os
+import socket
+
+import pytest
+
+from podwire.conntrack.ebpf import EbpfSource
+from podwire.conntrack.inspector import PRESSURE
+from podwire.datapath.ebpf.fill import Pressure, measure
+from podwire.datapath.ebpf.layout import MEMBER_KEY, mapped
+from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.services import ServicesPart
+from podwire.errors import KernelError
+from podwire.kernel.bpf import features
+from podwire.net import Protocol, parse_address
+from tests.conformance import service_packets as packets
+from tests.kernel.ebpf_world import HOST_MAC, MAC, POD, REMOTE, World
+from tests.kernel.test_ebpf_events import CLOSED, Node1
+from tests.kernel.test_ebpf_policy import policy
+from tests.kernel.test_ebpf_programs import DROP, REDIRECT, run
+from tests.kernel.test_ebpf_services import VIP, make_port, make_table
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+]
+if os.geteuid() == 0 and features.missing():
+    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+
+ROOM = {
+    "endpoints": 5, "affinities": 10, "connections": 128, "rulings": 4, "doomed": 2, "prefixes": 6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def world():
+    with World() as made:
+        space = made.spaces["node"]
+        made.programs = Programs(made.name, space, connections=64, room=ROOM)
+        made.part = ServicesPart(programs=made.programs)
+        made.part.start()
+        made.full = lambda: Pressure().see(measure(made.programs))
+        yield made
+        made.programs.close()
+
+
+def pod_link(world, number, *addresses):
+    macs = (bytes.fromhex(m[number].replace(":", "")) for m in (HOST_MAC, MAC))
+    return PodLink(
+        world.ifindex(f"pod{number}"), *macs, tuple(parse_address(text) for text in addresses)
+    )
+
+
+def ask(world, client, number):
+    """The verdict on the first packet of a client of the Service."""
+    packet = packets.first(client, VIP[4], Protocol.UDP, (2000 + number, 80), number)
+    return run(world, packet, "up0")[0]
+
+
+def test_a_pod_too_many_is_refused_by_name_and_the_others_go_on(world):
+    pods = EbpfPods(world.programs)
+    pods.start()
+    world.serve("pod1", POD[1][4], 80)
+    pods.add(pod_link(world, 1, *POD[1].values()))
+    assert world.full() == []
+    many = pod_link(world, 2, *POD[2].values(), "10.244.0.8", "10.244.0.9")
+    with pytest.raises(KernelError, match="map endpoints is full: it has room for 5 entries"):
+        pods.add(many)
+    before = len(list(world.programs.maps["endpoints"].items()))
+    assert before == 2, "nothing of the pod is left"
+    pods.add(pod_link(world, 2, *POD[2].values()))
+    (fill,) = world.full()
+    assert str(fill) == "eBPF map endpoints is 80% full (4 of 5): pods beyond it cannot be added"
+    assert world.ask("pod2", POD[1][4], 80)[0] == POD[1][4]
+    pods.replace([many, pod_link(world, 1, *POD[1].values())])
+    assert world.ask("node", POD[1][4], 80)[0] == POD[1][4]
+
+
+def test_affinities_beyond_the_limit_are_told_and_balanced_all_the_same(world):
+    both = {"family": 4, "protocol": Protocol.UDP}
+    port = make_port("sticky", 80, [POD[1][4], REMOTE[4]], affinity_timeout_s=100, **both)
+    world.part.apply(make_table([port]))
+    told = []
+    for number in range(20):
+        world.programs.connections.expire()
+        told.append([fill.name for fill in world.full()])
+        assert ask(world, f"198.51.100.{number}", 0) == REDIRECT
+    assert [bool(names) for names in told] == [False] * 8 + [True] * 12
+    assert told[-1] == ["affinities"]
+    assert world.programs.outcomes()["affinity_full"] == 10
+
+
+def test_the_connection_table_is_told_before_it_is_full_and_drops_only_what_is_new(world):
+    both = {"family": 4, "protocol": Protocol.UDP}
+    world.part.apply(make_table([make_port("dns", 80, [POD[1][4], REMOTE[4]], **both)]))
+    source = EbpfSource(world.programs)
+    told = 0
+    for number in range(64):
+        world.programs.connections.maintain()
+        usage = source.usage()
+        assert usage.limit == 64
+        told += usage.used >= PRESSURE * usage.limit
+        assert ask(world, "198.51.100.1", number) == REDIRECT
+    assert told == 64 - 52
+    assert [fill.name for fill in world.full()] == ["connections"]
+    assert ask(world, "198.51.100.1", 64) == DROP
+    assert ask(world, "198.51.100.1", 63) == REDIRECT
+    assert world.programs.outcomes()["connections_full"] == 1
+
+
+def test_policies_that_cannot_be_counted_are_enforced(world):
+    node = Node1(world, world.programs)
+    world.serve("pod1", POD[1][4], 80)
+    ports = [80, 81, 82, 83, 84]
+    rules = [
+        policy(f"p{port}", {**CLOSED, "ingress": [{"ports": [{"port": port}]}]}) for port in ports
+    ]
+    node.enforce(*rules[:1])
+    assert world.full() == []
+    node.enforce(*rules)
+    (fill,) = world.full()
+    assert (fill.name, fill.held, fill.room) == ("rulings", 7, 4)
+    assert world.ask("pod2", POD[1][4], 80)[0] == POD[1][4]
+    assert world.observe("pod2", POD[1][4], 85, tries=1, timeout=0.1) == {"silence"}
+    node.enforce(policy("other", CLOSED))
+    assert world.observe("pod2", POD[1][4], 80, tries=1, timeout=0.1) == {"silence"}
+    assert node.counts() == {("deny", "ingress", "other"): 1}, "freed room is used again"
+    node.reader.close()
+
+
+def test_more_backends_may_leave_at_once_than_the_map_of_the_doomed_holds(world):
+    backends = [f"10.244.0.{n}" for n in range(10, 15)]
+    port = make_port("dns", 80, backends, family=4, protocol=Protocol.UDP)
+    world.part.apply(make_table([port]))
+    for number in range(30):
+        ask(world, "198.51.100.1", number)
+    assert len(list(world.programs.connections.items())) == 60
+    service = world.part._leases[port.name].service
+    keys = [
+        MEMBER_KEY.pack(mapped(parse_address(b)), service, (80).to_bytes(2, "big"), 0)
+        for b in backends
+    ]
+    assert world.programs.connections.forget(keys).removed == 60
+    assert list(world.programs.maps["doomed"].items()) == []
+
+
+def test_a_table_that_the_kernel_refused_is_written_whole_the_next_time(world):
+    world.serve("pod1", POD[1][4], 80)
+    table = make_table([make_port("web", 80, [POD[1][4]], family=4, protocol=Protocol.TCP)])
+    prefixes = world.programs.maps["prefixes"]
+    for number in range(3):
+        prefixes.update(mapped_key(number), bytes(4))
+    with pytest.raises(KernelError, match="map prefixes is full: it has room for 6 entries"):
+        world.part.apply(table)
+    for number in range(3):
+        prefixes.delete(mapped_key(number))
+    world.part.apply(table)
+    assert world.ask("pod2", VIP[4], 80, socket.SOCK_STREAM)[0] == POD[1][4]
+    assert world.part.verify() == []
+
+
+def mapped_key(number):
+    return (160).to_bytes(4, "little") + bytes(4) + bytes(15) + bytes([number])
