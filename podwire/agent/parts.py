@@ -29,6 +29,7 @@ from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.datapath import Requirement
+from podwire.datapath.counts import CountsServices
 from podwire.datapath.ebpf.services import ServicesPart as EbpfServicesPart
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.datapath.nftables.spoof import SpoofGuard
@@ -196,7 +197,9 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
     config = own_node.proxy_config(options, node)
     compiler = ServiceCompiler(own_node.facts(node), config)
     path = built.datapath.services(config)
-    counts = path.counts if isinstance(path, NftablesServicesPart) else None
+    if isinstance(path, NftablesServicesPart):
+        built.reasons.append(path.warnings)
+    counts = path.counts if isinstance(path, CountsServices) else None
     balancing = path.balancing.of if isinstance(path, EbpfServicesPart) else None
     if built.datapath.programs is None:  # with it, they end the flows in their own table
         path = ReapingPart(path, room.collector.removed)

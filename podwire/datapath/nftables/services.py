@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from podwire.datapath import Requirement
+from podwire.datapath.nftables.services_affinity import MOST_LISTS
 from podwire.datapath.nftables.services_elements import counting, target
 from podwire.datapath.nftables.services_family import FamilyTable
 from podwire.datapath.services import needs
@@ -21,6 +22,7 @@ from podwire.services import Family, Frontend, ProxyConfig, ServicePort, Service
 
 log = logging.getLogger("podwire.datapath.nftables.services")
 
+_SHOWN = 5
 _FAMILIES: tuple[Family, Family] = (4, 6)
 
 
@@ -100,6 +102,15 @@ class ServicesPart:
         """Elements by family, waiting deletes, and packets refused and dropped so far."""
         return {str(family): family.status() for family in self._families.values()}
 
+    def warnings(self) -> list[str]:
+        """Services that are served otherwise than they ask for, and why."""
+        return [
+            f"{_words(names)} balanced without session affinity: {family} has numbers for "
+            f"{MOST_LISTS - 1:,} lists of backends"
+            for family in self._families.values()
+            if (names := family.without_affinity())
+        ]
+
     def counts(self, port: ServicePort) -> dict[Frontend, tuple[str, int]]:
         """For each frontend the set or map that decides, and how many connections it has seen.
 
@@ -155,3 +166,8 @@ class ServicesPart:
         except KernelError:
             self._trusted = False
             raise
+
+
+def _words(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+    return f"{len(names)} Services ({shown})" if len(names) > 1 else f"Service {shown}"

@@ -16,7 +16,7 @@ from podwire.services import Backend, ServicePortName
 ListName: TypeAlias = tuple[ServicePortName, str]
 """A port and the policy (cluster, local) whose list it is."""
 
-_MOST_LISTS = 1 << (32 - ID_BITS)
+MOST_LISTS = 1 << (32 - ID_BITS)
 
 
 class AffinityList(NamedTuple):
@@ -32,8 +32,8 @@ class AffinityIds:
         self._lists: dict[ListName, AffinityList] = {}
         self._taken: set[int] = {0}
         self._next = 1
-        self.exhausted = 0
-        """Lists that got no number and so have no affinity."""
+        self.without: set[ListName] = set()
+        """Lists that got no number, and so have no affinity."""
 
     def adopt(self, name: ListName, list_id: int, numbers: dict[Backend, int]) -> None:
         """Take over what an earlier process gave out."""
@@ -45,12 +45,13 @@ class AffinityIds:
     def list_of(self, name: ListName, backends: Sequence[Backend]) -> AffinityList | None:
         """The list's numbers with one for each of `backends`; None when they have run out."""
         known = self._lists.get(name)
-        if known is None:
+        if known is None and len(backends) <= ID_MASK:
             known = self._new_list()
-            if known is None or len(backends) > ID_MASK:
-                self.exhausted += 1
-                return None
-            self._lists[name] = known
+        if known is None:
+            self.without.add(name)
+            return None
+        self.without.discard(name)
+        self._lists[name] = known
         numbers = known.numbers
         if numbers.keys() != set(backends):
             current = set(backends)
@@ -65,15 +66,16 @@ class AffinityIds:
     def forget(self, names: Iterable[ListName]) -> None:
         """Give the numbers of lists back that exist no more."""
         for name in names:
+            self.without.discard(name)
             known = self._lists.pop(name, None)
             if known is not None:
                 self._taken.discard(known.id >> ID_BITS)
 
     def _new_list(self) -> AffinityList | None:
-        if len(self._taken) >= _MOST_LISTS:
+        if len(self._taken) >= MOST_LISTS:
             return None
         while self._next in self._taken:
-            self._next = (self._next + 1) % _MOST_LISTS
+            self._next = (self._next + 1) % MOST_LISTS
         self._taken.add(self._next)
         return AffinityList(self._next << ID_BITS, {})
 

@@ -242,6 +242,11 @@ class FamilyTable:
             "packets_dropped": counters.get("dropped", (0, 0))[0],
         }
 
+    def without_affinity(self) -> list[str]:
+        """Services that ask for session affinity and cannot have it: too many do."""
+        lists = self._ids.without if self._ids is not None else ()
+        return sorted({f"{name.namespace}/{name.name}" for name, _ in lists})
+
     def _spelling(self, port: ServicePort) -> Spelling:
         """The port's elements; one with affinity stays as it was spelled before."""
         kept = self._kept.get(port.name)
