@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.report import Report
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart as EbpfServices
 from podwire.datapath.nftables.services import ServicesPart as NftablesServices
 from podwire.kernel import netns
-from podwire.kernel.bpf import Link, ObjectSpec
+from podwire.kernel.bpf import Link, Program
 from podwire.net import Protocol
 from tests.kernel.ebpf_world import NODE, UPLINK_MAC, World
 from tests.kernel.test_ebpf_services import make_port, make_table
@@ -70,13 +70,14 @@ def _worlds(closing: contextlib.ExitStack) -> Iterator[tuple[str, World]]:
 
 
 def _take_frames(closing: contextlib.ExitStack, world: World) -> None:
-    """A veth takes frames from its peer's XDP only when it runs XDP itself: one that passes all."""
-    loaded = closing.enter_context(ObjectSpec(OBJECTS / "xdp.bpf.o").load())
+    """A veth takes frames from its peer's XDP only when it runs XDP itself."""
+    program = Program.xdp_pass()
 
     def attach() -> Link:
-        return Link.xdp(loaded.programs["from_driver"], socket.if_nametoindex("eth0"))
+        return Link.xdp(program, socket.if_nametoindex("eth0"))
 
     closing.callback(netns.call(world.spaces["outside"], attach).close)
+    program.close()
 
 
 def _tool(closing: contextlib.ExitStack) -> str:

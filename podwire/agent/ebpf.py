@@ -17,7 +17,10 @@ from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.fill import Fill, Pressure, measure
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.programs import Programs, missing
+from podwire.datapath.ebpf.uplinks import Uplinks
+from podwire.errors import Unsupported
 from podwire.kernel.bpf import features
+from podwire.net import Address
 from podwire.wiring import Attachment
 
 log = logging.getLogger("podwire.agent.ebpf")
@@ -48,6 +51,15 @@ def make_programs(options: Options) -> Programs:
 def balancing(options: Options) -> Balancing:
     """How Services are balanced."""
     return Balancing(options.lb_algorithm, options.maglev_table_size)
+
+
+def make_uplinks(programs: Programs, options: Options, addresses: Iterable[Address]) -> Uplinks:
+    """XDP where it was asked for, and gone where it was before. Raises Unsupported."""
+    uplinks = Uplinks(programs, options.lb_acceleration)
+    uplinks.follow(addresses)
+    if options.lb_acceleration == "native" and uplinks.problems:
+        raise Unsupported(f"{uplinks.problems[0]} (best-effort goes on without)")
+    return uplinks
 
 
 class EbpfGate:

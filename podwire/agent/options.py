@@ -17,6 +17,7 @@ import yaml
 
 from podwire.datapath.ebpf.balancing import ALGORITHMS
 from podwire.datapath.ebpf.maglev import DEFAULT_SIZE, SIZES
+from podwire.datapath.ebpf.uplinks import ACCELERATIONS
 from podwire.errors import ConfigError, InvalidObject
 from podwire.net import parse_prefix
 
@@ -64,6 +65,7 @@ class Options:
     # Services from outside the cluster, in the words of Cilium's loadBalancer section; eBPF only
     lb_algorithm: str = "random"
     maglev_table_size: int = DEFAULT_SIZE
+    lb_acceleration: str = "disabled"
     conntrack: ConntrackOptions = ConntrackOptions()
     healthz_bind_address: str = "0.0.0.0:10256"
     metrics_bind_address: str = "127.0.0.1:10249"
@@ -86,6 +88,7 @@ class Options:
             ("--datapath", self.datapath, DATAPATHS),
             ("--lb-algorithm", self.lb_algorithm, ALGORITHMS),
             ("--maglev-table-size", self.maglev_table_size, SIZES),
+            ("--lb-acceleration", self.lb_acceleration, ACCELERATIONS),
         ):
             if value not in allowed:
                 known = ", ".join(map(str, allowed))
@@ -120,7 +123,10 @@ class Options:
         return replace(self, node_name=name)
 
     def _check_balancing(self) -> None:
-        for flag, value, default in (("--lb-algorithm", self.lb_algorithm, "random"),):
+        for flag, value, default in (
+            ("--lb-algorithm", self.lb_algorithm, "random"),
+            ("--lb-acceleration", self.lb_acceleration, "disabled"),
+        ):
             if value != default and self.datapath != "ebpf":
                 raise ConfigError(f"{flag} {value} needs --datapath ebpf")
 

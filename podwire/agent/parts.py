@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -31,6 +32,7 @@ from podwire.conntrack.ebpf import EbpfSource
 from podwire.datapath import Requirement
 from podwire.datapath.counts import CountsServices
 from podwire.datapath.ebpf.services import ServicesPart as EbpfServicesPart
+from podwire.datapath.ebpf.uplinks import Uplinks
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.datapath.nftables.spoof import SpoofGuard
 from podwire.datapath.nftables.spoof_routed import RoutedSpoofGuard
@@ -205,11 +207,14 @@ def _add_services(built: Built, options: Options, node: Node, room: ConntrackRoo
         path = ReapingPart(path, room.collector.removed)
 
     health = ServiceHealth()
+    uplinks = _follow_uplinks(built, options, node)
 
     def compile(changes: ChangeSet) -> ServiceTable:
         own = changes.of(Node).get(("", options.node_name))
         facts = own_node.facts(own.new) if own is not None and own.new is not None else None
         table = compiler.update(changes, facts)
+        if facts is not None and uplinks is not None:
+            uplinks.follow(facts.addresses)
         health.follow(table)
         return table
 
@@ -247,6 +252,20 @@ def _add_ebpf(built: Built) -> Refusals | None:
     built.reasons.append(maps.reasons)
     built.tasks.append(maps.run)
     return refusals
+
+
+def _follow_uplinks(built: Built, options: Options, node: Node) -> Uplinks | None:
+    """Services at the driver of the links that carry the node's addresses, with eBPF."""
+    if built.datapath.programs is None:
+        return None
+    uplinks = ebpf.make_uplinks(built.datapath.programs, options, own_node.internal_ips(node))
+    built.reasons.append(lambda: uplinks.problems)
+
+    async def follow() -> list[str]:
+        return await asyncio.to_thread(uplinks.sync)
+
+    built.watchers.append(lambda loop: Watcher("uplinks", uplinks.concerns, follow))
+    return uplinks
 
 
 def _add_policy(built: Built, options: Options, refusals: Refusals | None) -> PolicyRoom:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from podwire.agent.options import (
+    ACCELERATIONS,
     ALGORITHMS,
     DATAPATHS,
     PARTS,
@@ -42,6 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how traffic from outside gets a backend; needs eBPF (%(default)s)")  # fmt: skip
     add("--maglev-table-size", type=int, default=default.maglev_table_size, metavar="PRIME",
         help="entries: 100 for each backend of the largest Service (%(default)s)")  # fmt: skip
+    add("--lb-acceleration", choices=ACCELERATIONS, default=default.lb_acceleration,
+        help="XDP for traffic to other nodes' backends; needs eBPF (%(default)s)")  # fmt: skip
     add("--healthz-bind-address", help=f"default {default.healthz_bind_address}")
     add("--metrics-bind-address", help=f"default {default.metrics_bind_address}")
     add("--policy-cut-established", action="store_true",
@@ -71,6 +74,7 @@ def options_from(args: argparse.Namespace) -> Options:
         "datapath": "nftables" if args.datapath == "ipvs" else args.datapath,
         "cut_established": args.policy_cut_established,
         "lb_algorithm": args.lb_algorithm,
+        "lb_acceleration": args.lb_acceleration,
         "maglev_table_size": args.maglev_table_size,
         "masquerade": not args.no_masquerade,
         "non_masquerade_cidrs": _list(args.non_masquerade_cidrs),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from podwire.agent.options import Options
+from podwire.agent.options import ACCELERATIONS, ALGORITHMS, Options
 from podwire.errors import ConfigError, PodwireError
 from podwire.lab import manifests, state
 from podwire.lab.cluster import UNREADY_TIMEOUT_S, Lab
@@ -38,6 +38,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     up.add_argument("--routing", choices=("direct", "vxlan"), default="direct")
     up.add_argument("--wiring", choices=("bridge", "routed", "vpc"), default="bridge")
     up.add_argument("--datapath", choices=("auto", "nftables", "iptables", "ebpf"), default="auto")
+    up.add_argument("--lb-algorithm", choices=ALGORITHMS, default="random")
+    up.add_argument("--lb-acceleration", choices=ACCELERATIONS, default="disabled")
     up.add_argument(
         "--instance-type", default="m5.large", help="of the nodes, with --wiring vpc (%(default)s)"
     )
@@ -96,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _up(args: argparse.Namespace) -> int:
     # what no agent would start with is said here, before anything is made
-    Options(wiring=args.wiring, routing=args.routing, datapath=args.datapath).checked()
+    agent = {"lb_algorithm": args.lb_algorithm, "lb_acceleration": args.lb_acceleration}
+    Options(wiring=args.wiring, routing=args.routing, datapath=args.datapath, **agent).checked()
     found = manifests.read(args.file)
     terminal = Terminal()
     began = time.monotonic()
@@ -108,6 +111,7 @@ def _up(args: argparse.Namespace) -> int:
         wiring=args.wiring,
         routing=args.routing,
         datapath=args.datapath,
+        agent=agent,
         instance_type=args.instance_type,
         log_level=args.log_level,
     )

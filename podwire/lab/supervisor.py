@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 from podwire.agent import logs
 from podwire.agent.logs import event
 from podwire.errors import ConfigError, PodwireError
+from podwire.kernel.bpf import Link
 from podwire.lab import cgroups, enter, mounts, process, topology
 from podwire.lab.cloud import network
 from podwire.lab.cloud.main import cloud_main
@@ -72,6 +73,8 @@ class Supervisor:
     namespaces: dict[str, enter.NodeNamespaces] = field(
         default_factory=dict[str, enter.NodeNamespaces]
     )
+    cables: dict[str, Link] = field(default_factory=dict[str, Link])
+    """What the underlay's ends run when nodes accelerate Services."""
 
     def run(self) -> None:
         """Bring the lab up and serve until SIGTERM."""
@@ -136,6 +139,8 @@ class Supervisor:
         for directory in ("run", "state", "cni/net.d"):
             (self.lab.node(node.name) / directory).mkdir(parents=True, exist_ok=True)
         self._topology.add_node(self.lab, node, self.record.dual_stack)
+        if self.record.settings["agent"].get("lb_acceleration", "disabled") != "disabled":
+            self.cables[node.name] = topology.serve_xdp(self.lab, node)
         self.namespaces[node.name] = enter.make_node_namespaces(self.lab, node.name)
         self.record.nodes[node.name] = node
 
@@ -290,6 +295,8 @@ class Supervisor:
         del self.record.nodes[node.name]
         self._tell_runtime({"remove": node.name})
         self._topology.remove_node(self.lab, node)
+        if node.name in self.cables:
+            self.cables.pop(node.name).close()
         self.namespaces.pop(node.name).close()
 
     def _command_readdress_node(self, request: Json) -> None:

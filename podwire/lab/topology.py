@@ -21,8 +21,9 @@ import os
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from podwire.errors import ConfigError, KernelError
-from podwire.kernel import address, link, netns, route, sysctl
+from podwire.kernel import address, ethtool, link, netns, route, sysctl
 from podwire.kernel.address import InterfaceAddress
+from podwire.kernel.bpf import Link, Program
 from podwire.kernel.link import End
 from podwire.kernel.netlink import NetlinkSocket, Request
 from podwire.kernel.route import Route
@@ -128,6 +129,23 @@ def add_node(lab: LabDir, node: Node, dual_stack: bool) -> None:
             default_route(sock, "eth0", ROUTER, dual_stack)
     finally:
         os.close(node_fd)
+        os.close(underlay)
+
+
+def serve_xdp(lab: LabDir, node: Node) -> Link:
+    """Be to the node's XDP what a cable is, as long as the link is held. Raises KernelError.
+
+    A veth takes what its peer's XDP sends back only when it runs XDP itself; and it hands over
+    packets whose checksums nobody has computed yet, which no wire carries and no XDP can mend.
+    """
+    underlay = netns.open_path(lab.netns("underlay"))
+    program, port = Program.xdp_pass(), f"node{node.index}"
+    try:
+        ethtool.offload_checksums(port, False, underlay)
+        with NetlinkSocket(netns_fd=underlay) as sock, netns.entered(underlay):
+            return Link.xdp(program, _index(sock, port))
+    finally:
+        program.close()
         os.close(underlay)
 
 

@@ -63,6 +63,8 @@ def link_states(node: str) -> Iterator[LinkState]:
             info = link.info
             link.close()
             hook = AttachType(info.attach_type).name.lower().replace("_", " ")
+            if path.name.endswith("-generic"):
+                hook += " generic"
             program = path.name.split("-")[0]
             yield LinkState(node, program, hook, info.target, info.program_id)
 

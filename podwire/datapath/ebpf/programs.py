@@ -194,11 +194,23 @@ class Programs:
         this node. Raises KernelError, from the driver too (EOPNOTSUPP).
         """
         with self.lock:
-            name = f"from_driver-{ifindex}-xdp"
-            if name not in self._links:
-                with netns.entered(self._netns_fd):
-                    link = Link.xdp(self.program("from_driver"), ifindex, generic=generic)
-                self._keep(name, link)
+            with netns.entered(self._netns_fd):
+                link = Link.xdp(self.program("from_driver"), ifindex, generic=generic)
+            self._keep(f"from_driver-{ifindex}-{'generic' if generic else 'native'}", link)
+
+    def decelerate(self, ifindex: int) -> None:
+        """Take XDP from a link again."""
+        with self.lock:
+            for kind in ("generic", "native"):
+                name = f"from_driver-{ifindex}-{kind}"
+                if name in self._links:
+                    self._links[name].detach()  # at once: the kernel lets go of pins later
+                    self._detach(name)
+
+    def accelerated(self) -> dict[int, bool]:
+        """Links that run XDP, by index; the value says whether in the stack (generic)."""
+        names = [name.split("-") for name in self._links if name.startswith("from_driver-")]
+        return {int(ifindex): kind == "generic" for _, ifindex, kind in names}
 
     def sync_links(self) -> list[int]:
         """Attach to interfaces that are new and let go of those that are gone; the new ones.

@@ -42,6 +42,7 @@ class LinkInfo(NamedTuple):
 
 
 _LINK_CGROUP, _LINK_ITER, _LINK_XDP, _LINK_NETFILTER, _LINK_TCX = 3, 4, 6, 10, 11
+_XDP_SKB_MODE, _XDP_DRV_MODE = 1 << 1, 1 << 2  # include/uapi/linux/if_link.h
 
 
 class Link:
@@ -57,8 +58,11 @@ class Link:
 
     @classmethod
     def xdp(cls, program: Program, ifindex: int, *, generic: bool = False) -> Link:
-        """Attach at the driver, or in the stack when `generic` (XDP_FLAGS_SKB_MODE)."""
-        flags = 1 << 1 if generic else 0
+        """Attach at the driver, or in the stack when `generic`.
+
+        Raises KernelError: EOPNOTSUPP where the driver cannot, EBUSY where another program is.
+        """
+        flags = _XDP_SKB_MODE if generic else _XDP_DRV_MODE
         return cls._create(program, ifindex, AttachType.XDP, f"XDP on interface {ifindex}", flags)
 
     @classmethod

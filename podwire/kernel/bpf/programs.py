@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from podwire.kernel.bpf.syscall import Command, attr, bpf, bpf_errno
 
+_XDP, _XDP_HAS_FRAGS = 6, 1 << 5  # include/uapi/linux/bpf.h
 _test_run = struct.Struct("=IIIIQQIIIIQQIII")
 
 
@@ -46,6 +47,16 @@ class Program:
     @classmethod
     def by_id(cls, id: int) -> Program:
         return cls(bpf(Command.PROG_FD_BY_ID, attr(12, struct.pack("=I", id)), f"no program {id}"))
+
+    @classmethod
+    def xdp_pass(cls) -> Program:
+        """An XDP program that passes every packet. Raises KernelError."""
+        code = ctypes.create_string_buffer(struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0))
+        licence = ctypes.create_string_buffer(b"GPL")
+        addresses = ctypes.addressof(code), ctypes.addressof(licence)
+        fields = (_XDP, 2, *addresses, 0, 0, 0, 0, _XDP_HAS_FRAGS, b"xdp_pass")
+        request = attr(128, struct.pack("=IIQQIIQII16s", *fields))
+        return cls(bpf(Command.PROG_LOAD, request, "cannot load an XDP program"))
 
     def close(self) -> None:
         if self.fd >= 0:
