@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable
 
 from podwire.agent.logs import event
 from podwire.errors import KernelError
 from podwire.kernel import netns
+from podwire.kernel.iptables import parse_save, targets
 from podwire.kernel.nftables import IP, IP6, NfTables
 
 log = logging.getLogger("podwire.agent.handover")
@@ -45,7 +45,7 @@ def _remove_chains(tool: str) -> list[str]:
     dump = netns.run(None, [f"{tool}-save"], timeout_s=60)
     if dump.returncode != 0 or ":KUBE-" not in dump.stdout:
         return []
-    script, count = removal_script(dump.stdout.splitlines())
+    script, count = removal_script(dump.stdout)
     if not count:
         return []
     done = netns.run(
@@ -56,31 +56,28 @@ def _remove_chains(tool: str) -> list[str]:
     return [f"{count} chains of {tool}"]
 
 
-def removal_script(dump: Iterable[str]) -> tuple[str, int]:
+def removal_script(dump: str) -> tuple[str, int]:
     """Input for ``iptables-restore --noflush`` that removes kube-proxy's chains; how many.
 
     `dump` is what ``iptables-save`` prints. Rules of other chains that jump into kube-proxy's go
     first, then the chains are emptied (they jump to each other), then removed.
     """
     out: list[str] = []
-    ours: list[str] = []
-    jumps: list[str] = []
-    table, count = "", 0
-    for line in dump:
-        if line.startswith("*"):
-            ours, jumps = [], []
-            table = line
-        elif line.startswith(":") and _is_kube_proxys(line[1:].split()[0]):
-            ours.append(line[1:].split()[0])
-        elif line.startswith("-A "):
-            words = line.split()
-            target = words[words.index("-j") + 1] if "-j" in words else ""
-            if not _is_kube_proxys(words[1]) and _is_kube_proxys(target):
-                jumps.append("-D " + line[3:])
-        elif line == "COMMIT" and ours:
-            count += len(ours)
-            out += [table, *(f":{name} - [0:0]" for name in ours), *jumps]
-            out += [*(f"-X {name}" for name in ours), "COMMIT"]
+    count = 0
+    for table, chains in parse_save(dump).items():
+        gone = list(filter(_is_kube_proxys, chains))
+        if not gone:
+            continue
+        count += len(gone)
+        jumps = [
+            f"-D {chain} {rule}"
+            for chain, rules in chains.items()
+            if not _is_kube_proxys(chain)
+            for rule in rules
+            if any(map(_is_kube_proxys, targets([rule])))
+        ]
+        out += [f"*{table}", *(f":{name} - [0:0]" for name in gone), *jumps]
+        out += [*(f"-X {name}" for name in gone), "COMMIT"]
     return "\n".join(out) + "\n", count
 
 

@@ -56,15 +56,12 @@ def translate(source: ClusterNetworkPolicy) -> Policy:
     if not 0 <= spec.priority <= 1000:
         report("spec.priority", f"{spec.priority} is not between 0 and 1000")
     subject = _pod_peer(spec.subject, "spec.subject", report)
-    if not isinstance(subject, PodPeer):
-        if not problems:
-            report("spec.subject", "needs exactly one of namespaces and pods")
-        subject = None
-    enforced = tier is not None and subject is not None
+    if tier is None or subject is None:
+        tier, subject = Tier.ADMIN, _MATCHES_NOTHING
     return Policy(
         PolicyRef("ClusterNetworkPolicy", "", source.metadata.name),
-        tier if tier is not None else Tier.ADMIN,
-        subject if enforced and subject is not None else _MATCHES_NOTHING,
+        tier,
+        subject,
         priority=spec.priority,
         ingress=_rules(Direction.INGRESS, spec.ingress, report),
         egress=_rules(Direction.EGRESS, spec.egress, report),
@@ -86,12 +83,11 @@ def _rule(direction: Direction, number: int, source: Any, report: Report) -> Rul
     except ValueError:
         report(f"{field}.action", f"unknown action {rule.get('action')!r}: taken as Deny")
         action = Action.DENY
-    peers, peers_known = _each(
-        rule.get(direction.peers_field), f"{field}.{direction.peers_field}", _PEERS[direction],
-        report,
-    )  # fmt: skip
-    if not rule.get(direction.peers_field):
-        report(f"{field}.{direction.peers_field}", "at least one peer is required")
+    read_peer = _pod_peer if direction is Direction.INGRESS else _egress_peer
+    listed, where = rule.get(direction.peers_field), f"{field}.{direction.peers_field}"
+    peers, peers_known = _each(listed, where, read_peer, report)
+    if not listed:
+        report(where, "at least one peer is required")
         peers_known = False
     if not peers_known and action is not Action.ACCEPT:
         return Rule(Action.DENY, number, field, name=str(rule.get("name", "")))
@@ -105,8 +101,8 @@ def _rule(direction: Direction, number: int, source: Any, report: Report) -> Rul
         field,
         tuple(peer for peer, _ in peers),
         tuple(port for port, _ in ports) if listed else None,
-        tuple(where for _, where in peers),
-        tuple(where for _, where in ports) if listed else (),
+        tuple(field for _, field in peers),
+        tuple(field for _, field in ports) if listed else (),
         str(rule.get("name", "")),
     )
 
@@ -128,10 +124,6 @@ def _each(
     return pairs, known
 
 
-def _ingress_peer(source: dict[str, Any], field: str, report: Report) -> Peer | None:
-    return _pod_peer(source, field, report)
-
-
 def _egress_peer(
     source: dict[str, Any], field: str, report: Report
 ) -> Peer | list[BlockPeer] | None:
@@ -149,12 +141,6 @@ def _egress_peer(
         report(f"{field}.domainNames", "domain names are not supported: the rule fails closed")
         return None
     return _pod_peer(source, field, report)
-
-
-_PEERS: dict[Direction, Callable[[dict[str, Any], str, Report], Any]] = {
-    Direction.INGRESS: _ingress_peer,
-    Direction.EGRESS: _egress_peer,
-}
 
 
 def _pod_peer(source: dict[str, Any], field: str, report: Report) -> PodPeer | None:

@@ -32,7 +32,7 @@ from podwire.policy.verdicts import RuleUse
 if TYPE_CHECKING:
     from podwire.policy.table import PolicyTable
 
-_ICMP_ERRORS = {Protocol.ICMP: {3, 4, 11, 12}, Protocol.ICMPV6: {1, 2, 3, 4}}
+_ICMP_ERRORS: dict[int, set[int]] = {Protocol.ICMP: {3, 4, 11, 12}, Protocol.ICMPV6: {1, 2, 3, 4}}
 _NEIGHBOUR_DISCOVERY = {130, 131, 132, 133, 134, 135, 136, 137, 143}
 
 
@@ -146,19 +146,17 @@ def judge(table: PolicyTable, packet: Packet) -> Judgement:
         egress = Decision(Direction.EGRESS, Verdict.ALLOW, Why.NOT_A_POD)
     else:
         egress = _direction(
-            table, Direction.EGRESS, source, destination, packet.source, packet.destination, packet
+            table, Direction.EGRESS, source, destination, packet.destination, packet
         )
     if destination.kind == "pod" and _own_node(table, packet, source, destination):
         return Judgement(egress, Decision(Direction.INGRESS, Verdict.ALLOW, Why.OWN_NODE))
-    ingress = _direction(
-        table, Direction.INGRESS, destination, source, packet.destination, packet.source, packet
-    )
+    ingress = _direction(table, Direction.INGRESS, destination, source, packet.source, packet)
     return Judgement(egress, ingress)
 
 
 def _exempt(packet: Packet) -> Why | None:
     kind = packet.icmp_type
-    if kind is not None and kind in _ICMP_ERRORS.get(Protocol(packet.protocol), ()):
+    if kind is not None and kind in _ICMP_ERRORS.get(packet.protocol, ()):
         return Why.ICMP_ERROR
     if packet.protocol == Protocol.ICMPV6 and kind in _NEIGHBOUR_DISCOVERY:
         return Why.NEIGHBOUR_DISCOVERY
@@ -195,7 +193,6 @@ def _direction(
     direction: Direction,
     subject: Host,
     peer: Host,
-    subject_address: Address,
     peer_address: Address,
     packet: Packet,
 ) -> Decision:
@@ -235,7 +232,7 @@ def evaluate(
         for policy, rule in uses:
             if policy.tier is not tier:
                 continue
-            field = match(rule, direction, peer, address, packet, ports)
+            field = match(rule, peer, address, packet, ports)
             if field is None:
                 continue
             if rule.action is Action.PASS:
@@ -249,7 +246,6 @@ def evaluate(
 
 def match(
     rule: Rule,
-    direction: Direction,
     peer: Host,
     address: Address,
     packet: Packet,

@@ -59,11 +59,8 @@ class PolicyRef(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.kind} {self.namespace}/{self.name}"
-            if self.namespace
-            else (f"{self.kind} {self.name}")
-        )
+        home = f"{self.namespace}/" if self.namespace else ""
+        return f"{self.kind} {home}{self.name}"
 
 
 class PodPeer(NamedTuple):
