@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 import threading
 import time
 from collections import Counter
@@ -52,7 +51,7 @@ class Lifecycle:
         self._locks = _KeyLocks()
         self._remover = Remover(collaborators.state, collaborators.wirings, collaborators.guard)
         self._addition = Addition(collaborators, self._remover)
-        self._own_netns = _inode_here()
+        self._own_netns = netns.inode()
 
     def stop(self) -> None:
         self._remover.stop()
@@ -238,14 +237,6 @@ class Lifecycle:
     def _is_own(self, call: Call) -> bool:
         own = call.netns_fd is not None and netns.inode(call.netns_fd) == self._own_netns
         return own and not call.override
-
-
-def _inode_here() -> int:
-    fd = netns.current()
-    try:
-        return netns.inode(fd)
-    finally:
-        os.close(fd)
 
 
 def _own_netns() -> CniError:

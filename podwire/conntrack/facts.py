@@ -133,7 +133,7 @@ def full_messages(netns_fd: int | None = None) -> list[kmsg.Message]:
 
     The kernel limits their rate, so their number is no count of dropped packets.
     """
-    own = netns.inode(netns_fd) if netns_fd is not None else _current_inode()
+    own = netns.inode(netns_fd)
     first = _first_inode()
     out: list[kmsg.Message] = []
     for message in kmsg.read(_FULL):
@@ -141,10 +141,6 @@ def full_messages(netns_fd: int | None = None) -> list[kmsg.Message]:
         if (int(match[1]) if match else first) == own:
             out.append(message)
     return out
-
-
-def _current_inode() -> int:
-    return os.stat("/proc/thread-self/ns/net").st_ino
 
 
 def _first_inode() -> int:

@@ -285,7 +285,7 @@ class Supervisor:
         taken = {node.index for node in self.record.nodes.values()}
         index = next(i for i in range(1, topology.MOST_NODES + 2) if i not in taken)
         self._make_node(self._topology.make_node(name, index, self.record.dual_stack))
-        self._tell_runtime({"add": name})
+        self._nodes_changed()
         self._start_agent(name)
 
     def _command_remove_node(self, request: Json) -> None:
@@ -293,7 +293,7 @@ class Supervisor:
         self._command_stop({"process": f"agent-{node.name}", "signal": signal.SIGKILL})
         del self.children[f"agent-{node.name}"]
         del self.record.nodes[node.name]
-        self._tell_runtime({"remove": node.name})
+        self._nodes_changed()
         self._topology.remove_node(self.lab, node)
         if node.name in self.cables:
             self.cables.pop(node.name).close()
@@ -305,7 +305,7 @@ class Supervisor:
         new = self._topology.make_node(old.name, old.index, dual_stack, int(request["host"]))
         self._topology.readdress_node(self.lab, old, new, dual_stack)
         self.record.nodes[new.name] = new
-        self._tell_runtime({"add": new.name})
+        self._nodes_changed()
 
     def _node(self, request: Json) -> Node:
         node = self.record.nodes.get(str(request.get("node")))
@@ -313,8 +313,8 @@ class Supervisor:
             raise ConfigError(f"no node {request.get('node')}: {', '.join(self.record.nodes)}")
         return node
 
-    def _tell_runtime(self, _change: Json) -> None:
-        """The runtime reads the nodes from lab.json."""
+    def _nodes_changed(self) -> None:
+        """Runtime and cloud read the nodes from lab.json, when they are told to."""
         self.lab.write(self.record)
         for role in ("runtime", "cloud"):
             child = self.children.get(role)

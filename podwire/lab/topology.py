@@ -10,7 +10,7 @@
                 │eth0 172.18.0.11            │eth0 172.18.0.12
               node1                        node2
 
-The router knows the nodes and the load balancer addresses (`podwire.lab.balancer`) but no pod
+The router knows the nodes and the load balancer addresses (`lab.runtime.balancer`) but no pod
 addresses, as networks around real clusters do not: what leaves the cluster must be masqueraded.
 All of it is in namespaces; the machine's own network is not touched.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno as errnos
-import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,9 +40,7 @@ class NfTables:
         self._netlink = NetlinkSocket(netlink.NETFILTER, netns_fd)
         self._batches = BatchSocket(netns_fd)
         self._lock = threading.Lock()  # of the batches
-        with netns.entered(netns_fd):
-            inode = os.stat("/proc/thread-self/ns/net").st_ino
-        self._commits = _COMMITS.setdefault(inode, _Commits())
+        self._commits = _COMMITS.setdefault(netns.inode(netns_fd), _Commits())
 
     def close(self) -> None:
         self._netlink.close()

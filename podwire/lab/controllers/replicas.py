@@ -188,29 +188,12 @@ class DeploymentController(WorkloadController):
         updated = sum(_status(one, "replicas") for one in new)
         rolling = tree.mapping(current.obj, "spec", "strategy", "rollingUpdate")
         least = wanted - _limits(wanted, rolling)[1]
-        enough = available >= least
         done = updated == wanted == total == available
-        conditions = with_condition(
-            self.registry,
-            current.obj,
-            {
-                "type": "Available",
-                "status": "True" if enough else "False",
-                "reason": f"MinimumReplicas{'Available' if enough else 'Unavailable'}",
-                "message": f"Deployment {'has' if enough else 'does not have'} minimum "
-                "availability.",
-            },
-        )
+        conditions = with_condition(self.registry, current.obj, _available(available >= least))
         conditions = with_condition(
             self.registry,
             {"status": {"conditions": conditions}},
-            {
-                "type": "Progressing",
-                "status": "True",
-                "reason": "NewReplicaSetAvailable" if done else "ReplicaSetUpdated",
-                "message": f'ReplicaSet "{workload.key[1]}-{name}" '
-                f"{'has successfully progressed' if done else 'is progressing'}.",
-            },
+            _progressing(f"{workload.key[1]}-{name}", done),
         )
         self.set_status(
             workload,
@@ -221,6 +204,25 @@ class DeploymentController(WorkloadController):
             unavailableReplicas=max(wanted - available, 0) or None,
             conditions=conditions,
         )
+
+
+def _available(enough: bool) -> Json:
+    return {
+        "type": "Available",
+        "status": "True" if enough else "False",
+        "reason": f"MinimumReplicas{'Available' if enough else 'Unavailable'}",
+        "message": f"Deployment {'has' if enough else 'does not have'} minimum availability.",
+    }
+
+
+def _progressing(replica_set: str, done: bool) -> Json:
+    how = "has successfully progressed" if done else "is progressing"
+    return {
+        "type": "Progressing",
+        "status": "True",
+        "reason": "NewReplicaSetAvailable" if done else "ReplicaSetUpdated",
+        "message": f'ReplicaSet "{replica_set}" {how}.',
+    }
 
 
 def roll(wanted: int, rolling: Json, new: tuple[int, int], old: list[tuple[int, int]]) -> list[int]:
