@@ -20,8 +20,8 @@ from podwire.agent.logs import event
 from podwire.kernel import netns
 from podwire.net import Address, format_address
 from podwire.services import HealthCheck, ServiceTable, Settings
+from podwire.services.model import is_loopback
 from podwire.services.nodeports import selected_addresses
-from podwire.services.table import is_loopback
 
 log = logging.getLogger("podwire.agent.health")
 

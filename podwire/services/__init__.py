@@ -1,8 +1,7 @@
 """Service and EndpointSlice objects in, an immutable ServiceTable with its evaluator out. Pure."""
 
 from podwire.services.compiler import ServiceCompiler
-from podwire.services.resolve import Packet, Resolution
-from podwire.services.table import (
+from podwire.services.model import (
     Backend,
     DetectLocal,
     Family,
@@ -12,16 +11,16 @@ from podwire.services.table import (
     NodeFacts,
     NodePortScope,
     ProxyConfig,
-    ServiceDelta,
     ServicePort,
     ServicePortName,
-    ServiceTable,
     Settings,
     backend,
     backend_address,
     backend_port,
     format_backend,
 )
+from podwire.services.resolve import Packet, Resolution
+from podwire.services.table import ServiceDelta, ServiceTable
 
 __all__ = [
     "Backend",

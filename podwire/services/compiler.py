@@ -14,10 +14,7 @@ from podwire.kube.store import ChangeSet
 from podwire.net import Address, Prefix, Protocol, format_address
 from podwire.services import endpoints, spec
 from podwire.services.endpoints import SliceEndpoints
-from podwire.services.nodeports import nodeport_scopes
-from podwire.services.shared_map import SharedMap
-from podwire.services.spec import PortSpec
-from podwire.services.table import (
+from podwire.services.model import (
     Family,
     Frontend,
     FrontendKind,
@@ -26,9 +23,12 @@ from podwire.services.table import (
     ProxyConfig,
     ServicePort,
     ServicePortName,
-    ServiceTable,
     Settings,
 )
+from podwire.services.nodeports import nodeport_scopes
+from podwire.services.shared_map import SharedMap
+from podwire.services.spec import PortSpec
+from podwire.services.table import ServiceTable
 
 Key: TypeAlias = tuple[str, str]
 Claim: TypeAlias = tuple[Family, Address, Protocol, int]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from podwire.errors import InvalidObject
 from podwire.kube.objects import EndpointHints, EndpointSlice
 from podwire.net import Address, Protocol, parse_address
-from podwire.services.table import Backend, Family
+from podwire.services.model import Backend, Family
 
 READY, SERVING, TERMINATING, LOCAL = 1, 2, 4, 8
 _LEAVING = SERVING | TERMINATING

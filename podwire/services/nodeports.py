@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from podwire.errors import ConfigError, InvalidObject
 from podwire.net import Address, Prefix, parse_prefix
-from podwire.services.table import Family, NodeFacts, NodePortScope, ProxyConfig
+from podwire.services.model import Family, NodeFacts, NodePortScope, ProxyConfig
 
 _ALL: tuple[str, ...] = ("0.0.0.0/0", "::/0")
 _LOCALHOST: tuple[str, ...] = ("127.0.0.0/8", "::1/128")

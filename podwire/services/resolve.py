@@ -7,20 +7,22 @@ what `podwire services resolve` prints.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from podwire.net import Address, Protocol, format_address
-from podwire.services.table import (
+from podwire.services.model import (
     Backend,
     Family,
     Frontend,
     FrontendKind,
     ServicePort,
     ServicePortName,
-    ServiceTable,
     backend_address,
     is_loopback,
 )
+
+if TYPE_CHECKING:
+    from podwire.services.table import ServiceTable
 
 Verdict: TypeAlias = Literal["dnat", "accept", "reject", "drop"]
 

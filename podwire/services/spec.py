@@ -12,7 +12,7 @@ from podwire.kube.objects import Service
 from podwire.kube.objects import ServicePort as ApiPort
 from podwire.net import Address, Prefix, parse_address, parse_prefix
 from podwire.services.endpoints import PROTOCOLS
-from podwire.services.table import (
+from podwire.services.model import (
     Algorithm,
     Family,
     Frontend,
@@ -63,35 +63,26 @@ def read(service: Service, settings: Settings) -> tuple[tuple[PortSpec, ...], st
     problems = _Problems()
     ports = _valid_ports(service, problems)
     affinity_s = _affinity(service, problems)
-    external_local = service.spec.external_traffic_policy == "Local"
     out: list[PortSpec] = []
     for family, cluster_ip in _cluster_ips(service, problems):
         vips = _load_balancer_ips(service, family, problems)
         external_ips = _external_ips(service, family, settings, problems)
         ranges = _source_ranges(service, family, vips, settings, problems)
         for port in ports:
-            protocol = PROTOCOLS[port.protocol]
-            number = port.port
-            frontends = {cluster_ip: Frontend(FrontendKind.CLUSTER_IP, cluster_ip, number)}
-            for address in vips:
-                frontends.setdefault(address, Frontend(FrontendKind.LOAD_BALANCER, address, number))
-            for address in external_ips:
-                frontends.setdefault(address, Frontend(FrontendKind.EXTERNAL_IP, address, number))
-            if port.node_port:
-                frontends[b""] = Frontend(FrontendKind.NODE_PORT, b"", port.node_port)
+            name = ServicePortName(
+                service.metadata.namespace,
+                service.metadata.name,
+                port.name,
+                PROTOCOLS[port.protocol],
+                family,
+            )
             out.append(
                 PortSpec(
-                    ServicePortName(
-                        service.metadata.namespace,
-                        service.metadata.name,
-                        port.name,
-                        protocol,
-                        family,
-                    ),
+                    name,
                     service.metadata.creation_timestamp,
-                    tuple(frontends.values()),
+                    _frontends(port, cluster_ip, vips, external_ips),
                     service.spec.internal_traffic_policy == "Local",
-                    external_local,
+                    service.spec.external_traffic_policy == "Local",
                     affinity_s,
                     ranges if vips else None,
                     _health_check_port(service, problems),
@@ -99,6 +90,20 @@ def read(service: Service, settings: Settings) -> tuple[tuple[PortSpec, ...], st
                 )
             )
     return tuple(out), str(problems)
+
+
+def _frontends(
+    port: ApiPort, cluster_ip: Address, vips: list[Address], external_ips: list[Address]
+) -> tuple[Frontend, ...]:
+    """Where the port is addressed; of an address that is named twice the first kind counts."""
+    frontends = {cluster_ip: Frontend(FrontendKind.CLUSTER_IP, cluster_ip, port.port)}
+    for address in vips:
+        frontends.setdefault(address, Frontend(FrontendKind.LOAD_BALANCER, address, port.port))
+    for address in external_ips:
+        frontends.setdefault(address, Frontend(FrontendKind.EXTERNAL_IP, address, port.port))
+    if port.node_port:
+        frontends[b""] = Frontend(FrontendKind.NODE_PORT, b"", port.node_port)
+    return tuple(frontends.values())
 
 
 def _valid_ports(service: Service, problems: _Problems) -> list[ApiPort]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from podwire.net import Address, Protocol
-from podwire.services.table import (
+from podwire.services.model import (
     Backend,
     Family,
     NodePortScope,

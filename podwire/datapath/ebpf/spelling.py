@@ -29,7 +29,7 @@ from podwire.datapath.ebpf.layout import (
 from podwire.datapath.ebpf.slots import EMPTY, Run
 from podwire.net import Address, Prefix, Protocol
 from podwire.services import Backend, FrontendKind, ServicePort, Settings
-from podwire.services.table import is_loopback
+from podwire.services.model import is_loopback
 
 _ANY = {4: mapped(bytes(4)), 6: bytes(16)}
 _PRESENT = b"\1"

@@ -32,7 +32,7 @@ from podwire.services import (
     ServicePort,
     Settings,
 )
-from podwire.services.table import format_backend
+from podwire.services.model import format_backend
 
 # Eight ways at each of four steps: up to 16 Services per leaf when there are 65,000.
 _STEP_BITS = 3
