@@ -24,6 +24,7 @@ struct walk {
 	__u32 datagram_s;
 	__u32 removed;
 	__u32 failed;
+	__u32 local; /* entries left that are LOCAL */
 };
 
 #define OPENING_S 60 /* TCP that was never answered, or has ended */
@@ -59,7 +60,7 @@ static long expire(void *map, const struct flow *key, struct connection *value, 
 	pair = bpf_map_lookup_elem(map, &w->pair);
 	if (pair) {
 		if (value->flags & CONNECTION_REPLY)
-			return 0;
+			return 0; /* and so is counted with the other */
 		state = pair->state;
 		if ((__s32)(pair->seen_s - seen_s) > 0)
 			seen_s = pair->seen_s;
@@ -67,7 +68,23 @@ static long expire(void *map, const struct flow *key, struct connection *value, 
 	/* entries may be younger than this walk's idea of now */
 	if ((__s32)(w->now_s - seen_s) > (__s32)lifetime(w, key->protocol, value->state, state))
 		remove_both(map, w, key);
+	else if (value->flags & CONNECTION_LOCAL)
+		w->local++;
 	return 0;
+}
+
+static long expire_all(void *map, struct walk *w)
+{
+	__u32 *local = find_local_entries();
+	long walked;
+
+	if (!local)
+		return 0;
+	__sync_val_compare_and_swap(local, LOCAL_SOME, LOCAL_COUNTED);
+	walked = bpf_for_each_map_elem(map, expire, w, 0);
+	if (!w->local)
+		__sync_val_compare_and_swap(local, LOCAL_COUNTED, LOCAL_NONE);
+	return walked;
 }
 
 static long forget(void *map, const struct flow *key, struct connection *value, struct walk *w)
@@ -117,7 +134,7 @@ int collect(struct collect *args)
 		return 0;
 	switch (args->mode) {
 	case COLLECT_EXPIRE:
-		walked = bpf_for_each_map_elem(map, expire, &w, 0);
+		walked = expire_all(map, &w);
 		break;
 	case COLLECT_DOOMED:
 		walked = bpf_for_each_map_elem(map, forget, &w, 0);

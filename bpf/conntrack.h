@@ -14,6 +14,7 @@ enum connection_flag {
 	CONNECTION_TRANSLATED = 1,
 	CONNECTION_REPLY = 2, /* the direction of the answers */
 	CONNECTION_HOST = 4, /* one end is a process of this node */
+	CONNECTION_LOCAL = 8, /* TCP that may be between two pods of this node */
 };
 
 enum connection_state { /* what this direction has sent */
@@ -31,6 +32,18 @@ struct connection {
 	__u8 flags;
 	__u8 pad[6];
 };
+
+/* Whether any entry is LOCAL. While none is, packets from pod to pod need not look for theirs: in a
+ * table that is large and cold, this is most of their cost. Creating an entry sets it; collect.bpf.c,
+ * when it finds none, clears it, unless one was created while it counted. */
+enum local_entries { LOCAL_NONE, LOCAL_SOME, LOCAL_COUNTED };
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} local_entries SEC(".maps");
 
 #define SLOT_CURRENT 0
 #define SLOT_RETIRING 1
@@ -56,6 +69,29 @@ static __always_inline struct connection *find_connection(const struct flow *flo
 	slot = SLOT_RETIRING;
 	map = bpf_map_lookup_elem(&connections, &slot);
 	return map ? bpf_map_lookup_elem(map, flow) : NULL;
+}
+
+static __always_inline __u32 *find_local_entries(void)
+{
+	__u32 first = 0;
+
+	return bpf_map_lookup_elem(&local_entries, &first);
+}
+
+static __always_inline bool has_local_entries(void)
+{
+	__u32 *state = find_local_entries();
+
+	return !state || *(volatile __u32 *)state != LOCAL_NONE;
+}
+
+/* After the entries are written, and before any packet that needs them is sent on. */
+static __always_inline void note_local_entries(void)
+{
+	__u32 *state = find_local_entries();
+
+	if (state && *(volatile __u32 *)state != LOCAL_SOME)
+		*(volatile __u32 *)state = LOCAL_SOME;
 }
 
 static __always_inline void forget_connection(const struct flow *flow)
@@ -174,5 +210,7 @@ static __always_inline enum reason create_connection(struct creation *c, const s
 		bpf_map_delete_elem(map, &c->key);
 		return REASON_CONNECTIONS_FULL;
 	}
+	if (flags & CONNECTION_LOCAL)
+		note_local_entries();
 	return 0;
 }

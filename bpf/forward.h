@@ -5,9 +5,14 @@
 #include "conntrack.h"
 #include "rewrite.h"
 
+enum endpoint_flag {
+	ENDPOINT_PLAIN = 1, /* as INTERFACE_PLAIN */
+};
+
 struct endpoint { /* a pod of this node, found by its address */
 	__u32 interface; /* the host's end of its veth */
 	struct mac mac, host_mac;
+	__u32 flags;
 };
 
 struct {
@@ -21,6 +26,7 @@ struct {
 enum interface_flag {
 	INTERFACE_POD = 1, /* sources behind it count as pods (detect-local by interface) */
 	INTERFACE_KNOWN = 2, /* a pod whose addresses are known; others may not be used behind it */
+	INTERFACE_PLAIN = 4, /* a pod that no policy concerns, nor will while its TCP is forgotten */
 };
 
 struct interface {
@@ -39,6 +45,11 @@ struct {
 } interfaces SEC(".maps");
 
 const volatile bool with_pods = false;
+
+static __always_inline struct interface *find_interface(__u32 index)
+{
+	return bpf_map_lookup_elem(&interfaces, &index);
+}
 
 static __always_inline struct endpoint *find_endpoint(const struct address *address)
 {

@@ -47,11 +47,10 @@ static __always_inline bool is_honest_arp(struct __sk_buff *ctx, const struct in
 	       (!sender.words[3] || same_address(&sender, &pod->addresses[0]));
 }
 
-/* Whether the pod behind this interface may send the packet. A pod that is not known may not. */
-static __always_inline bool is_honest(struct __sk_buff *ctx, const struct packet *p)
+/* Whether the pod behind an interface may send the packet. A pod that is not known may not. */
+static __always_inline bool is_honest(struct __sk_buff *ctx, const struct packet *p,
+				      const struct interface *pod)
 {
-	__u32 key = ctx->ifindex;
-	struct interface *pod = bpf_map_lookup_elem(&interfaces, &key);
 	struct ethernet ethernet;
 
 	if (!pod || !(pod->flags & INTERFACE_KNOWN) || load(ctx, 0, &ethernet) ||

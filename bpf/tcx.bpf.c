@@ -38,8 +38,7 @@ struct {
 
 static __always_inline bool is_behind_pods(struct __sk_buff *ctx, enum place place)
 {
-	__u32 key = ctx->ifindex;
-	struct interface *interface = bpf_map_lookup_elem(&interfaces, &key);
+	struct interface *interface = find_interface(ctx->ifindex);
 
 	return place != PLACE_NODE && interface && interface->flags & INTERFACE_POD;
 }
@@ -154,6 +153,13 @@ __noinline int pass_error(struct __sk_buff *ctx, struct work *w, int place)
 	return send(ctx, &w->packet, place, true, true);
 }
 
+/* Whether both ends are pods of this node, and the rest of the connection goes by `find_plain_neighbour`
+ * unless that is told. */
+static __always_inline bool is_local(const struct flow *to, enum place place)
+{
+	return place == PLACE_POD && to->protocol == IPPROTO_TCP && find_endpoint(&to->destination);
+}
+
 /* The first packet of a connection, or one that needs no entry. */
 __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 {
@@ -199,7 +205,8 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 		return send(ctx, p, place, false, false);
 
 	reason = create_connection(&w->creation, p, &w->to, w->choice.service,
-				   ports || verdict == VERDICT_TRANSLATE ? CONNECTION_TRANSLATED : 0,
+				   (ports || verdict == VERDICT_TRANSLATE ? CONNECTION_TRANSLATED : 0) |
+				   (is_local(&w->to, place) ? CONNECTION_LOCAL : 0),
 				   ports);
 	if (reason)
 		return drop(ctx, reason, &p->flow);
@@ -209,11 +216,29 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 	return translate(ctx, w, place);
 }
 
+/* The pod of this node that the packet is for, when there is nothing to decide or to remember: the
+ * common case, TCP between pods that no policy concerns. A policy that comes later finds what is open
+ * then among the sockets (adopt.bpf.c), which know nothing of other protocols. */
+static __always_inline struct endpoint *find_plain_neighbour(const struct packet *p,
+							     const struct interface *pod)
+{
+	struct endpoint *neighbour;
+
+	if (p->flow.protocol != IPPROTO_TCP || (with_policy && !(pod->flags & INTERFACE_PLAIN)))
+		return NULL;
+	neighbour = find_endpoint(&p->flow.destination);
+	if (neighbour && with_policy && !(neighbour->flags & ENDPOINT_PLAIN))
+		return NULL;
+	return neighbour;
+}
+
 static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 {
 	__u32 key = 0;
 	struct work *w = bpf_map_lookup_elem(&scratch, &key);
+	struct interface *pod = place == PLACE_POD ? find_interface(ctx->ifindex) : NULL;
 	struct connection *connection;
+	struct endpoint *neighbour;
 	struct packet *p;
 
 	if (!w)
@@ -222,7 +247,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 	parse(ctx, p);
 	if (p->kind == PACKET_BROKEN)
 		return drop(ctx, REASON_BROKEN, &p->flow);
-	if (place == PLACE_POD && (with_pods || with_policy) && !is_honest(ctx, p))
+	if (place == PLACE_POD && (with_pods || with_policy) && !is_honest(ctx, p, pod))
 		return drop(ctx, REASON_SPOOFED, &p->flow);
 	if (p->kind == PACKET_FOREIGN || is_multicast(&p->flow.destination))
 		return TCX_NEXT;
@@ -237,6 +262,9 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 
 	if (p->kind == PACKET_ICMP_ERROR)
 		return pass_error(ctx, w, place);
+	neighbour = pod ? find_plain_neighbour(p, pod) : NULL;
+	if (neighbour && !has_local_entries())
+		return to_pod(ctx, p, neighbour);
 	connection = find_connection(&p->flow);
 	if (connection && is_reopened(connection, p)) {
 		reverse(&w->to, &connection->to);
@@ -244,13 +272,8 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		forget_connection(&p->flow);
 		connection = NULL;
 	}
-	if (!connection) {
-		/* the common case, pod to pod without policies: nothing to decide */
-		struct endpoint *endpoint = place == PLACE_POD && !with_policy && !is_start(p) ?
-			find_endpoint(&p->flow.destination) : NULL;
-
-		return endpoint ? to_pod(ctx, p, endpoint) : begin(ctx, w, place);
-	}
+	if (!connection)
+		return neighbour && !is_shadowed(w) ? to_pod(ctx, p, neighbour) : begin(ctx, w, place);
 	touch(connection, p);
 	if (!(connection->flags & CONNECTION_TRANSLATED))
 		return send(ctx, p, place, false, false);

@@ -43,6 +43,7 @@ ENUMS = {
     "address_flag": ("ADDRESS_", layout.AddressFlag),
     "prefix_flag": ("PREFIX_", layout.PrefixFlag),
     "interface_flag": ("INTERFACE_", layout.InterfaceFlag),
+    "endpoint_flag": ("ENDPOINT_", layout.EndpointFlag),
     "network_flag": ("NETWORK_", layout.NetworkFlag),
     "rule_verdict": ("RULE_", layout.RuleVerdict),
     "detect_local": ("DETECT_", layout.DetectBy),

@@ -43,22 +43,27 @@ def policy(name, spec, **annotations):
     return msgspec.convert({"metadata": metadata, "spec": spec}, NetworkPolicy)
 
 
+def populate(world):
+    """Two pods here and one elsewhere, as the API would show them."""
+    world.store, world.compiler = Store(), PolicyCompiler("node")
+    for name, address in (("node", NODE), ("other", OUTSIDE)):
+        status = {"addresses": [{"type": "InternalIP", "address": a} for a in address.values()]}
+        world.store.put(msgspec.convert({"metadata": {"name": name}, "status": status}, Node))
+    world.store.put(msgspec.convert({"metadata": {"name": "x"}}, Namespace))
+    world.store.put(pod("one", "node", POD[1], app="web"))
+    world.store.put(pod("two", "node", POD[2], app="client"))
+    world.store.put(pod("far", "other", REMOTE, app="client"))
+    for number, name in ((1, "one"), (2, "two")):
+        addresses = tuple(parse_address(text) for text in POD[number].values())
+        world.compiler.attach(Attachment(("x", name), f"pod{number}", addresses))
+
+
 @pytest.fixture(scope="module")
 def world():
     with World() as made:
         made.part = PolicyPart(programs=Programs(made.name, made.spaces["node"]))
         made.part.start()
-        made.store, made.compiler = Store(), PolicyCompiler("node")
-        for name, address in (("node", NODE), ("other", OUTSIDE)):
-            status = {"addresses": [{"type": "InternalIP", "address": a} for a in address.values()]}
-            made.store.put(msgspec.convert({"metadata": {"name": name}, "status": status}, Node))
-        made.store.put(msgspec.convert({"metadata": {"name": "x"}}, Namespace))
-        made.store.put(pod("one", "node", POD[1], app="web"))
-        made.store.put(pod("two", "node", POD[2], app="client"))
-        made.store.put(pod("far", "other", REMOTE, app="client"))
-        for number, name in ((1, "one"), (2, "two")):
-            addresses = tuple(parse_address(text) for text in POD[number].values())
-            made.compiler.attach(Attachment(("x", name), f"pod{number}", addresses))
+        populate(made)
         for kind in KINDS.values():
             for space, addresses in (("pod1", POD[1]), ("pod2", POD[2]), ("outside", REMOTE)):
                 for family in (4, 6):

@@ -10,7 +10,7 @@ from enum import IntEnum, IntFlag
 
 from podwire.net import Address
 
-VERSION = 2
+VERSION = 3
 """Of the maps that outlive a process; raised when one of them changes its meaning."""
 
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -26,7 +26,7 @@ SETTINGS = struct.Struct("=16s16sI4x")  # node's IPv4 and IPv6, detect_local
 FLOW = struct.Struct("=16s16s2s2sB3x")  # source, destination, their ports, protocol
 CONNECTION = struct.Struct("=40sIIBB6x")  # to, seen_s, service, state, flags
 INTERFACE = struct.Struct("=16s16sI6s6x")  # addresses, flags, mac
-ENDPOINT = struct.Struct("=I6s6s")  # interface, mac, host_mac
+ENDPOINT = struct.Struct("=I6s6sI")  # interface, mac, host_mac, flags
 EVENT = struct.Struct("=QIIQII40s")  # time, reason, interface, ruling, peer, egress, flow
 REMOTE = struct.Struct("=16s2s6x")  # address, port
 RULE_KEY = struct.Struct("=IIIBx2s")  # length, rule set, identity, protocol, port
@@ -70,6 +70,11 @@ class PrefixFlag(IntFlag):
 class InterfaceFlag(IntFlag):
     POD = 1
     KNOWN = 2
+    PLAIN = 4
+
+
+class EndpointFlag(IntFlag):
+    PLAIN = 1
 
 
 class NetworkFlag(IntFlag):

@@ -17,6 +17,7 @@ from podwire.datapath.ebpf.layout import (
     ENDPOINT,
     INTERFACE,
     NUMBER,
+    EndpointFlag,
     InterfaceFlag,
     mapped,
 )
@@ -69,13 +70,14 @@ class EbpfPods:
             return
         self._links[pod.ifindex] = pod
         try:
-            self._write(pod)
+            with self._programs.lock:
+                self._write(pod)
         except KernelError:
             self.remove(pod.ifindex)
             raise
 
     def _write(self, pod: PodLink) -> None:
-        write_interface(self._programs, pod.ifindex, pod.addresses, pod.mac)
+        flags = write_interface(self._programs, pod.ifindex, pod.addresses, pod.mac)
         self._programs.add_pod(pod.ifindex)
         cookie = _cookie(pod.netns)
         if cookie:
@@ -84,7 +86,10 @@ class EbpfPods:
             )
             self._programs.namespaces[pod.ifindex] = pod.netns
             self._cookies[pod.ifindex] = cookie
-        value = ENDPOINT.pack(pod.ifindex, pod.mac, pod.host_mac)
+        plain = flags & InterfaceFlag.PLAIN
+        value = ENDPOINT.pack(
+            pod.ifindex, pod.mac, pod.host_mac, EndpointFlag.PLAIN if plain else 0
+        )
         self._programs.maps["endpoints"].update_batch(
             (mapped(address), value) for address in pod.addresses
         )
@@ -121,17 +126,41 @@ class EbpfPods:
 
 def write_interface(
     programs: Programs, ifindex: int, addresses: Iterable[Address], mac: bytes = bytes(6)
-) -> None:
-    """Say who is behind an interface; no MAC: any will do. What is known already stays."""
+) -> InterfaceFlag:
+    """Say who is behind an interface; no MAC: any will do. What is known already stays.
+
+    The flags that hold now.
+    """
     key = NUMBER.pack(ifindex)
     interfaces = programs.maps["interfaces"]
-    *_, flags, known_mac = INTERFACE.unpack(interfaces.lookup(key) or bytes(INTERFACE.size))
-    value = INTERFACE.pack(
-        *_both(addresses),
-        flags | InterfaceFlag.KNOWN,
-        mac if any(mac) else known_mac,
-    )
-    interfaces.update(key, value)
+    with programs.lock:
+        *_, flags, known_mac = INTERFACE.unpack(interfaces.lookup(key) or bytes(INTERFACE.size))
+        flags = InterfaceFlag(flags) | InterfaceFlag.KNOWN
+        mac = mac if any(mac) else known_mac
+        interfaces.update(key, INTERFACE.pack(*_both(addresses), flags, mac))
+    return flags
+
+
+def set_plain(programs: Programs, ifindex: int, addresses: Iterable[Address], plain: bool) -> bool:
+    """Say whether policies leave the pod behind an interface alone; whether they did before.
+
+    Its TCP connections with other such pods have no entries then. A pod whose namespace is not
+    known is never plain: nobody could find what it has open.
+    """
+    plain = plain and ifindex in programs.namespaces
+    interfaces, endpoints = programs.maps["interfaces"], programs.maps["endpoints"]
+    key = NUMBER.pack(ifindex)
+    with programs.lock:
+        *rest, flags, mac = INTERFACE.unpack(interfaces.lookup(key) or bytes(INTERFACE.size))
+        was = bool(flags & InterfaceFlag.PLAIN)
+        if was != plain:
+            interfaces.update(key, INTERFACE.pack(*rest, flags ^ InterfaceFlag.PLAIN, mac))
+        for address in map(mapped, addresses):
+            held = endpoints.lookup(address)
+            if held is not None:
+                value = ENDPOINT.pack(*ENDPOINT.unpack(held)[:3], EndpointFlag.PLAIN * plain)
+                endpoints.update(address, value)
+    return was
 
 
 def _both(addresses: Iterable[Address]) -> tuple[bytes, bytes]:

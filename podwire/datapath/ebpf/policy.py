@@ -7,7 +7,7 @@ are written before a pod names them, so that no packet is judged by half of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from podwire.datapath import Requirement
 from podwire.datapath.counts import PolicyCount
@@ -23,7 +23,7 @@ from podwire.datapath.ebpf.layout import (
     mapped,
     mapped_length,
 )
-from podwire.datapath.ebpf.pods import write_interface
+from podwire.datapath.ebpf.pods import set_plain, write_interface
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.rulings import Ruling, Rulings, ruling_of
 from podwire.errors import KernelError
@@ -88,9 +88,15 @@ class PolicyPart:
         if old is None:
             entries = self._spell(table)
             self._rulings.adopt(table)
-            for kind, wanted in entries.items():
-                growing[kind].replace(wanted)
-            self._attach(table.endpoints.values())
+            known = growing["subjects"].read()
+            for kind in ("rules", "identities"):
+                growing[kind].replace(entries[kind])
+            self._attach(
+                (each for each in table.endpoints.values() if _is_judged(each)),
+                lambda each: not any(mapped(address) in known for address in each.addresses),
+            )
+            growing["subjects"].replace(entries["subjects"])
+            self._attach(each for each in table.endpoints.values() if not _is_judged(each))
             return
         changed = [table.endpoints[pod] for pod in delta.endpoints if pod in table.endpoints]
         gone = [old.endpoints[pod] for pod in delta.endpoints if pod in old.endpoints]
@@ -107,8 +113,9 @@ class PolicyPart:
         self._rulings.write(table)
         _write(growing["rules"], *rules)
         _write(growing["identities"], *identities)
+        self._attach(each for each in changed if _is_judged(each))
         _write(growing["subjects"], *subjects)
-        self._attach(changed)
+        self._attach(each for each in changed if not _is_judged(each))
         _delete(growing["subjects"], *subjects)
         _delete(growing["identities"], *identities)
         _delete(growing["rules"], *rules)
@@ -151,21 +158,29 @@ class PolicyPart:
         """Whose number an event bears; None for what no policy of the table says any more."""
         return self._rulings.named(number)
 
-    def _attach(self, endpoints: Iterable[Endpoint]) -> None:
-        """Put the pods' program on their links; a link that is not there yet waits for verify."""
-        failure: KernelError | None = None
+    def _attach(
+        self,
+        endpoints: Iterable[Endpoint],
+        is_new: Callable[[Endpoint], bool] = lambda _: False,
+    ) -> None:
+        """Put the pods' program on their links; a link that is not there yet waits for verify.
+
+        The open connections of pods that were not judged before, and of those that are new to this
+        node's policies, are noted: they are not judged any more.
+        """
+        begun: list[int] = []
         with NetlinkSocket(netns_fd=self._programs.netns_fd) as netlink:
             for endpoint in endpoints:
                 found = links.find(netlink, endpoint.link)
                 if found is None:
                     continue
-                try:
-                    write_interface(self._programs, found.index, endpoint.addresses)
-                    self._programs.add_pod(found.index)
-                except KernelError as error:  # one pod less; the others are not held up
-                    failure = error
-        if failure is not None:
-            raise failure
+                judged = _is_judged(endpoint)
+                write_interface(self._programs, found.index, endpoint.addresses)
+                self._programs.add_pod(found.index)
+                was = set_plain(self._programs, found.index, endpoint.addresses, not judged)
+                if judged and (was or is_new(endpoint)):
+                    begun.append(found.index)
+        self._programs.adopt_connections(begun)
 
     def _spell(self, table: PolicyTable) -> dict[str, dict[bytes, bytes]]:
         return {
@@ -213,6 +228,10 @@ class PolicyPart:
                         port.to_bytes(2, "big"),
                     )
                     yield RULE_KEY.pack(*key), rule(span.outcome)
+
+
+def _is_judged(endpoint: Endpoint) -> bool:
+    return bool(endpoint.ingress or endpoint.egress)
 
 
 def _write(growing: GrowingMap, old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> None:

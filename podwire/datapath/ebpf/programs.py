@@ -312,6 +312,18 @@ class Programs:
         for path in self.namespaces.values():
             _run_in(path, link)
 
+    def adopt_connections(self, ifindexes: Iterable[int]) -> None:
+        """Give entries to the TCP connections that known pods have open."""
+        paths = [self.namespaces[index] for index in ifindexes if index in self.namespaces]
+        if not paths:
+            return
+        link = Link.iterator(self.program("adopt"))
+        try:
+            for path in paths:
+                _run_in(path, link)
+        finally:
+            link.close()
+
     def _follow_links(self) -> None:
         with self.lock:
             if self._objects:

@@ -1,0 +1,147 @@
+"""Pods that no policy concerns: no entries for their TCP, none the worse when a policy comes."""
+
+import os
+import socket
+
+import pytest
+
+from podwire.datapath.ebpf.connections import Connections
+from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.policy import PolicyPart
+from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.kernel import netns
+from podwire.kernel.bpf import features
+from podwire.net import Protocol, parse_address
+from tests.kernel.ebpf_world import HOST_MAC, MAC, POD, World
+from tests.kernel.test_ebpf_policy import enforce, policy, populate
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+]
+if os.geteuid() == 0 and features.missing():
+    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+
+CLOSED = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+CLOSED_WEB = {"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Ingress"]}
+
+
+def start(world):
+    """The parts of an agent that starts: it knows pods first and policies then."""
+    world.programs = Programs(world.name, world.spaces["node"])
+    world.programs.enable("pods", "policy")
+    EbpfPods(world.programs).replace(
+        PodLink(
+            world.ifindex(f"pod{n}"),
+            *(bytes.fromhex(mac[n].replace(":", "")) for mac in (HOST_MAC, MAC)),
+            tuple(map(parse_address, POD[n].values())),
+            f"/proc/{os.getpid()}/fd/{world.spaces[f'pod{n}']}",
+        )
+        for n in (1, 2)
+    )
+    world.part = PolicyPart(programs=world.programs)
+
+
+@pytest.fixture
+def world():
+    with World() as made:
+        start(made)
+        populate(made)
+        for family in (4, 6):
+            made.echo("pod1", POD[1][family], 80)
+            made.serve("pod1", POD[1][family], 80, socket.SOCK_DGRAM)
+        yield made
+        made.programs.cleanup()
+
+
+def entries(world, protocol=Protocol.TCP):
+    return [flow for flow, _ in Connections(world.programs).items() if flow.protocol == protocol]
+
+
+def connected(world, family):
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    client = netns.socket(world.spaces["pod2"], kind, socket.SOCK_STREAM)
+    client.settimeout(2)
+    client.connect((POD[1][family], 80))
+    return client
+
+
+def answers(client):
+    try:
+        client.send(b"still there")
+        return client.recv(64) == b"still there"
+    except TimeoutError:
+        return False
+
+
+def refused(world, family):
+    return world.observe("pod2", POD[1][family], 80, tries=1, timeout=0.2) == {"silence"}
+
+
+@pytest.mark.parametrize("spec", [CLOSED, CLOSED_WEB], ids=["both ends", "one end"])
+def test_what_is_open_outlives_a_policy_though_nobody_noted_it(world, spec):
+    enforce(world)
+    clients = [connected(world, family) for family in (4, 6)]
+    assert all(map(answers, clients))
+    assert not entries(world)
+    enforce(world, policy("closed", spec))
+    assert refused(world, 4)
+    assert refused(world, 6)
+    assert all(map(answers, clients))
+    enforce(world)
+    assert all(map(answers, clients))
+    clients.append(connected(world, 4))
+    assert answers(clients[-1])
+    for client in clients:
+        client.close()
+
+
+def test_policies_of_a_first_start_spare_what_is_open(world):
+    client = connected(world, 4)  # no table yet: nobody is judged
+    Connections(world.programs).clear()
+    enforce(world, policy("closed", CLOSED))
+    assert refused(world, 4)
+    assert answers(client)
+    client.close()
+
+
+def test_a_new_process_judges_what_the_last_one_judged(world):
+    enforce(world, policy("closed", CLOSED))
+    world.programs.close()
+    start(world)
+    assert refused(world, 4)
+    enforce(world, policy("closed", CLOSED))
+    assert refused(world, 4)
+    assert not [flow for flow in entries(world) if flow.destination_port == 80]
+
+
+def test_the_middle_of_a_connection_that_never_began_is_judged(world):
+    enforce(world, policy("closed", CLOSED_WEB))
+    client = connected_by_force(world)
+    assert not answers(client)
+    client.close()
+
+
+def connected_by_force(world):
+    """A client that believes it is connected: its peer is a closed pod that never saw a packet."""
+    client = netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_STREAM)
+    tcp_repair, on, no_window_probe = 19, 1, -1
+    client.setsockopt(socket.IPPROTO_TCP, tcp_repair, on)
+    client.bind((POD[2][4], 40000))
+    client.connect((POD[1][4], 80))
+    client.setsockopt(socket.IPPROTO_TCP, tcp_repair, no_window_probe)
+    client.settimeout(0.3)
+    return client
+
+
+def test_datagrams_are_noted_also_without_policies(world):
+    enforce(world)
+    with netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(2)
+        client.connect((POD[1][4], 80))
+        client.send(b"who")
+        assert client.recv(100)
+        assert entries(world, Protocol.UDP)
+        enforce(world, policy("closed", CLOSED))
+        client.send(b"who")
+        assert client.recv(100)
