@@ -16,6 +16,7 @@ enum frontend_flag {
 	FRONTEND_RANGED = 4, /* loadBalancerSourceRanges hold */
 	FRONTEND_MASQUERADE = 8, /* whoever asks */
 	FRONTEND_HAS_ENDPOINTS = 16, /* somewhere: an empty list drops; without, it rejects */
+	FRONTEND_ANY_ADDRESS = 32, /* its key has no address: a NodePort */
 };
 
 struct frontend_key {
@@ -123,6 +124,15 @@ struct {
 	__type(value, struct affinity);
 } affinities SEC(".maps");
 
+/* New connections by frontend. Programs make the entries, user space removes them. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct frontend_key);
+	__type(value, __u64);
+} hits SEC(".maps");
+
 enum origin { ORIGIN_POD, ORIGIN_NODE, ORIGIN_OUTSIDE };
 
 enum detect_local { DETECT_NONE, DETECT_CIDR, DETECT_INTERFACE }; /* how pods are told */
@@ -174,6 +184,14 @@ static __always_inline __u32 prefix_flags(const struct address *address)
 	return flags ? *flags : 0;
 }
 
+static __always_inline void set_any(struct address *address)
+{
+	if (is_ipv4(address))
+		address->words[3] = 0;
+	else
+		__builtin_memset(address, 0, sizeof(*address));
+}
+
 static __always_inline struct frontend *find_frontend(const struct flow *flow, __u32 flags)
 {
 	struct frontend_key key = {
@@ -189,11 +207,27 @@ static __always_inline struct frontend *find_frontend(const struct flow *flow, _
 	found = bpf_map_lookup_elem(map, &key);
 	if (found || !(flags & ADDRESS_NODE_PORT))
 		return found;
-	if (is_ipv4(&key.address))
-		key.address.words[3] = 0;
-	else
-		__builtin_memset(&key.address, 0, sizeof(key.address));
+	set_any(&key.address);
 	return bpf_map_lookup_elem(map, &key);
+}
+
+/* Count a new connection. What the map has no room for is not counted. */
+static __always_inline void hit(const struct flow *flow, const struct frontend *frontend)
+{
+	struct frontend_key key = {
+		.address = flow->destination,
+		.port = flow->destination_port,
+		.protocol = flow->protocol,
+	};
+	__u64 *connections, one = 1;
+
+	if (frontend->flags & FRONTEND_ANY_ADDRESS)
+		set_any(&key.address);
+	connections = bpf_map_lookup_elem(&hits, &key);
+	if (!connections && bpf_map_update_elem(&hits, &key, &one, BPF_NOEXIST))
+		connections = bpf_map_lookup_elem(&hits, &key); /* another CPU was first */
+	if (connections)
+		*connections += 1;
 }
 
 static __always_inline bool in_ranges(const struct frontend *frontend, const struct address *source)

@@ -72,9 +72,10 @@ static __always_inline void write_remote(struct bpf_sock_addr *ctx, bool ipv4, c
 	ctx->user_port = r->port;
 }
 
-/* What `choose` says of a connection to `frontend`; `backend` is filled when it translates here. */
+/* What `choose` says of a connection to `frontend`; `backend` is filled when it translates here. It is
+ * counted as a connection if it is `new`. */
 static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, const struct remote *frontend,
-						  struct remote *backend)
+						  struct remote *backend, bool new)
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx);
 	bool node = cookie == node_netns_cookie;
@@ -98,12 +99,16 @@ static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, con
 	client.halves[0] = cookie;
 	client.halves[1] = ~0ULL;
 	verdict = choose(&flow, found, node ? ORIGIN_NODE : ORIGIN_POD, &client, &choice);
+	if (new && verdict == VERDICT_REJECT)
+		hit(&flow, found);
 	if (verdict != VERDICT_TRANSLATE)
 		return verdict;
 	/* A pod that got itself must see the node as its client, and policies hold for it. */
 	if (pod && (choice.masquerade || same_address(&choice.backend.address, &pod->addresses[0]) ||
 		    same_address(&choice.backend.address, &pod->addresses[1])))
 		return VERDICT_NONE;
+	if (new)
+		hit(&flow, found);
 	__builtin_memset(backend, 0, sizeof(*backend));
 	backend->address = choice.backend.address;
 	backend->port = choice.backend.port;
@@ -118,7 +123,7 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool ipv4)
 		return 1;
 	bpf_sk_storage_delete(&socket_origins, ctx->sk);
 	read_remote(ctx, ipv4, &origin.frontend);
-	switch (choose_remote(ctx, &origin.frontend, &origin.backend)) {
+	switch (choose_remote(ctx, &origin.frontend, &origin.backend, true)) {
 	case VERDICT_TRANSLATE:
 		break;
 	case VERDICT_REJECT:
@@ -143,7 +148,8 @@ static __always_inline int on_sendmsg(struct bpf_sock_addr *ctx, bool ipv4)
 	frontend = key.remote;
 	if (!address_flags(&frontend.address))
 		return 1;
-	switch (choose_remote(ctx, &frontend, &backend)) {
+	last = bpf_map_lookup_elem(&datagrams, &key);
+	switch (choose_remote(ctx, &frontend, &backend, !last)) {
 	case VERDICT_TRANSLATE:
 		break;
 	case VERDICT_REJECT:
@@ -152,7 +158,6 @@ static __always_inline int on_sendmsg(struct bpf_sock_addr *ctx, bool ipv4)
 	default:
 		return 1;
 	}
-	last = bpf_map_lookup_elem(&datagrams, &key);
 	if (last) {
 		struct flow flow = { .destination = frontend.address,
 				     .destination_port = frontend.port,

@@ -179,6 +179,7 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 	if (with_services && !find_endpoint(&p->flow.destination)) {
 		verdict = find_service(&p->flow, &frontend, &why);
 		if (verdict == VERDICT_TRANSLATE && frontend) {
+			hit(&p->flow, frontend);
 			verdict = choose(&p->flow, frontend, find_origin(ctx, &p->flow.source, place),
 					 &p->flow.source, &w->choice);
 			why = w->choice.reason;

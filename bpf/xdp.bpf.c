@@ -80,6 +80,7 @@ __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 		return XDP_DROP;
 	}
 	count(REASON_TRANSLATED);
+	hit(&p->flow, frontend);
 	return bounce(ctx, w, &route);
 }
 

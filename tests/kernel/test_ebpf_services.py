@@ -254,3 +254,37 @@ def test_an_interface_that_comes_later_is_taken_in(world):
     while wanted in world.programs.attachments() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert wanted not in world.programs.attachments()
+
+
+def connections(part, port):
+    """New connections by frontend, as `podwire services show` has them."""
+    return [seen for _, seen in part.counts(port).values()]
+
+
+def test_every_frontend_counts_its_connections_also_over_a_restart(world):
+    both = {"family": 4, "protocol": Protocol.TCP}
+    port = make_port("counted", 91, [POD[1][4], POD[2][4]], **both)
+    empty = make_port("empty", 92, [], **both)
+    world.apply(make_table([port, empty]))
+    for _ in range(5):
+        world.ask("pod1", VIP[4], 91)
+    world.ask("outside", NODE[4], 30091)
+    world.ask("outside", EXTERNAL[4], 91)
+    assert world.observe("pod1", VIP[4], 92, tries=1) == {"refused"}
+    assert connections(world.part, port) == [5, 1, 1]
+    assert connections(world.part, empty) == [1, 0, 0]
+    element, _ = world.part.counts(port)[port.frontends[0]]
+    assert element.startswith("map frontends, service ")
+    assert "cluster backends in slots " in element
+    assert "no cluster backends" in world.part.counts(empty)[empty.frontends[0]][0]
+
+    programs = Programs(world.name, world.spaces["node"])
+    later = ServicesPart(programs=programs)
+    netns.call(world.spaces["node"], later.start)
+    netns.call(world.spaces["node"], lambda: later.apply(make_table([port])))
+    assert connections(later, port) == [5, 1, 1]
+    netns.call(world.spaces["node"], lambda: later.apply(make_table([])))
+    assert list(programs.maps["hits"].items()) == []
+    programs.close()
+    world.part._start_over()
+    world.apply(make_table([]))

@@ -232,3 +232,33 @@ def test_a_connected_udp_socket_is_closed_when_its_backend_goes(world, space):
         os.close(fd)
     assert direct == POD[1][4]
     assert led in (errno.ECONNABORTED, errno.ENOTCONN, errno.EDESTADDRREQ)
+
+
+def test_sockets_count_connections_and_unconnected_ones_their_first_datagram(world):
+    ports = [
+        make_port("counted", 91, [POD[1][4]], family=4, protocol=p, external=False)
+        for p in (Protocol.TCP, Protocol.UDP)
+    ]
+    none = make_port("none", 92, [], family=4, protocol=Protocol.TCP, external=False)
+    world.part.apply(make_table([*ports, none]))
+
+    def talk():
+        for kind in KINDS.values():
+            with socket.socket(socket.AF_INET, kind) as client:
+                client.settimeout(3)
+                client.connect((VIP[4], 91))
+                client.send(b"who")
+                client.recv(100)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(3)
+            for _ in range(4):
+                client.sendto(b"who", (VIP[4], 91))
+                client.recvfrom(100)
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
+            return client.connect_ex((VIP[4], 92))
+
+    assert inside(world, "pod2", talk) == errno.ECONNREFUSED
+    tcp, udp, refused = (
+        [seen for _, seen in world.part.counts(port).values()] for port in (*ports, none)
+    )
+    assert (tcp, udp, refused) == ([1], [2], [1])

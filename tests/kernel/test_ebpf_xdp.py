@@ -56,7 +56,8 @@ def run(world, packet):
 @pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.UDP, Protocol.SCTP])
 def test_a_packet_bounces_to_the_backend_and_its_answer_back(world, family, protocol):
     both = {"family": family, "protocol": protocol}
-    world.part.apply(make_table([make_port("far", 80, [REMOTE[family]], **both)]))
+    port = make_port("far", 80, [REMOTE[family]], **both)
+    world.part.apply(make_table([port]))
     client = {4: "198.51.100.9", 6: "fd51::9"}[family]
     ports = (5000 + protocol, 30080)
     verdict, frame = run(world, packets.first(client, NODE[family], protocol, ports, 1))
@@ -73,6 +74,7 @@ def test_a_packet_bounces_to_the_backend_and_its_answer_back(world, family, prot
     assert (back.source, back.destination) == (NODE[family], client)
     assert (back.source_port, back.destination_port) == (30080, ports[0])
     assert_sound(frame[14:])
+    assert [seen for _, seen in world.part.counts(port).values()] == [0, 1, 0]
 
 
 def test_what_stays_on_the_node_is_passed_on_untouched(world):

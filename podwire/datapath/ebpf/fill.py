@@ -19,13 +19,17 @@ CONSEQUENCES = {
     "prefixes": "Service and pod ranges beyond it cannot be set",
     "affinities": "clients beyond it are balanced anew with each connection",
     "rulings": "policies beyond it are enforced, but not counted",
+    "hits": "connections of Services beyond it are not counted",
     "connections": "new connections beyond it are dropped",
 }
 _SMALL = ("endpoints", "interfaces", "namespaces", "prefixes")
 
 
 class Fill(NamedTuple):
-    """Entries that a map holds, and that it can hold at most."""
+    """Entries that a map holds, and that it can hold at most.
+
+    Of `hits` with ample room, `held` is those that it could hold.
+    """
 
     name: str
     held: int
@@ -55,6 +59,11 @@ def _measure(programs: Programs) -> Iterator[Fill]:
     connections = programs.connections
     yield Fill("affinities", connections.affinities, programs.maps["affinities"].info.max_entries)
     yield Fill("connections", connections.held, connections.limit)
+    hits = programs.maps["hits"]
+    most, room = programs.growing["frontends"].fill()[0], hits.info.max_entries
+    if most >= NEARLY_FULL * room:
+        most = sum(1 for _ in hits.items())
+    yield Fill("hits", most, room)
     for name, held in programs.held.items():
         yield Fill(name, held, programs.maps[name].info.max_entries)
 

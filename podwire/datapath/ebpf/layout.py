@@ -52,6 +52,7 @@ class FrontendFlag(IntFlag):
     RANGED = 4
     MASQUERADE = 8
     HAS_ENDPOINTS = 16
+    ANY_ADDRESS = 32
 
 
 class AddressFlag(IntFlag):

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from podwire.datapath import Requirement
-from podwire.datapath.ebpf import maglev, spelling
+from podwire.datapath.ebpf import hits, maglev, spelling
 from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.connections import Connections
+from podwire.datapath.ebpf.hits import Hits
 from podwire.datapath.ebpf.layout import (
     BACKEND,
     FRONTEND,
@@ -30,6 +31,7 @@ from podwire.errors import KernelError
 from podwire.net import Address, Protocol
 from podwire.services import (
     Backend,
+    Frontend,
     ProxyConfig,
     ServicePort,
     ServicePortName,
@@ -91,6 +93,7 @@ class ServicesPart:
         self._slots = Slots()
         self._tables = Slots()
         self._addresses = AddressCounts()
+        self._hits = Hits(self._programs)
         self._own: frozenset[Address] = frozenset()
 
     def close(self) -> None:
@@ -172,6 +175,17 @@ class ServicesPart:
             "outcomes": self._programs.outcomes(),
         }
 
+    def counts(self, port: ServicePort) -> dict[Frontend, tuple[str, int]]:
+        """For each frontend of a port what decides, and the new connections that it has seen."""
+        with self._programs.lock:
+            lease = self._leases.get(port.name)
+            if lease is None:
+                return {}
+            return {
+                each: (hits.element(port, each, lease), self._hits.of(port, each))
+                for each in port.frontends
+            }
+
     # --- the difference ------------------------------------------------------------------------
 
     def _change(self, ports: _Changes, settings: Settings) -> None:
@@ -197,6 +211,7 @@ class ServicesPart:
             gone.append((kind, list(old.keys() - new.keys())))
         for kind, keys in reversed(gone):  # and goes first
             growing[kind].delete(keys)
+        self._hits.forget(gone[-1][1])
         growing["addresses"].delete(addresses.removed)
         self._forget_stale(ports)
         for name in before.keys() - after.keys():
@@ -276,6 +291,7 @@ class ServicesPart:
             self._leases[name] = self._lease(port, before)
         self._addresses.change((), table.ports.values())
         self._rewrite(table.ports, table.settings, tables)
+        self._hits.keep(self._programs.growing["frontends"].read())
         for run in runs - {run for lease in self._leases.values() for run in lease.runs}:
             self._slots.give_back(run)
         for run in tables - {lease.maglev for lease in self._leases.values()}:

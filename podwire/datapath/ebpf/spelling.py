@@ -28,7 +28,7 @@ from podwire.datapath.ebpf.layout import (
 )
 from podwire.datapath.ebpf.slots import EMPTY, Run
 from podwire.net import Address, Prefix, Protocol
-from podwire.services import Backend, FrontendKind, ServicePort, Settings
+from podwire.services import Backend, Frontend, FrontendKind, ServicePort, Settings
 from podwire.services.model import is_loopback
 
 _ANY = {4: mapped(bytes(4)), 6: bytes(16)}
@@ -68,11 +68,18 @@ def with_lists(
     return msgspec.structs.replace(port, cluster=cluster, local=local)
 
 
+def frontend_key(port: ServicePort, frontend: Frontend) -> bytes:
+    """Its key in the `frontends` map."""
+    address = mapped(frontend.address) if frontend.address else _ANY[port.name.family]
+    return FRONTEND_KEY.pack(address, frontend.port.to_bytes(2, "big"), port.name.protocol)
+
+
 def frontends(port: ServicePort, lease: Lease, settings: Settings) -> Iterator[tuple[bytes, bytes]]:
     """Keys and values of the `frontends` map."""
     for frontend in port.frontends:
-        address = mapped(frontend.address) if frontend.address else _ANY[port.name.family]
         flags = FrontendFlag.HAS_ENDPOINTS if port.has_endpoints else FrontendFlag(0)
+        if not frontend.address:
+            flags |= FrontendFlag.ANY_ADDRESS
         maglev = EMPTY
         if frontend.kind != FrontendKind.CLUSTER_IP:
             flags |= FrontendFlag.EXTERNAL
@@ -84,7 +91,7 @@ def frontends(port: ServicePort, lease: Lease, settings: Settings) -> Iterator[t
         if frontend.kind == FrontendKind.LOAD_BALANCER and port.source_ranges is not None:
             flags |= FrontendFlag.RANGED
         yield (
-            FRONTEND_KEY.pack(address, frontend.port.to_bytes(2, "big"), port.name.protocol),
+            frontend_key(port, frontend),
             FRONTEND.pack(
                 lease.service,
                 flags,
