@@ -4,6 +4,9 @@
 
 #include "conntrack.h"
 #include "rewrite.h"
+#ifndef PODWIRE_XDP
+#include "overlay.h"
+#endif
 
 enum endpoint_flag {
 	ENDPOINT_PLAIN = 1, /* as INTERFACE_PLAIN */
@@ -121,6 +124,8 @@ static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *
 	struct bpf_fib_lookup route;
 	long found = find_route(ctx, &route, &p->flow, from, 0);
 
+	if (found == BPF_FIB_LKUP_RET_UNSUPP_LWT)
+		found = find_tunnel_route(ctx, &route, &p->flow);
 	switch (found) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 	case BPF_FIB_LKUP_RET_NO_NEIGH:

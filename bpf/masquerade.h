@@ -29,8 +29,8 @@ static __always_inline bool leaves_cluster(const struct address *source, const s
 	       !(network_flags(destination) & NETWORK_CLUSTER) && !is_link_local(destination);
 }
 
-/* Put as the source of `to` what the kernel would: the address of the way out (Linux 6.7), otherwise
- * the node's own. False: there is none. */
+/* Put as the source of `to` what the kernel would: the address of the way out (Linux 6.7; of the
+ * overlay, this node's inside), otherwise the node's own. False: there is none. */
 static __always_inline bool masquerade(CONTEXT *ctx, struct flow *to, __u32 from)
 {
 	const struct settings *current = current_settings();
@@ -46,6 +46,16 @@ static __always_inline bool masquerade(CONTEXT *ctx, struct flow *to, __u32 from
 			__builtin_memcpy(&to->source, route.ipv6_src, 16);
 		return true;
 	}
+#ifndef PODWIRE_XDP
+	if (found == BPF_FIB_LKUP_RET_UNSUPP_LWT) {
+		struct tunnel *tunnel = find_tunnel(&to->destination);
+
+		if (tunnel && (tunnel->own.halves[0] || tunnel->own.halves[1])) {
+			to->source = tunnel->own;
+			return true;
+		}
+	}
+#endif
 	if (!current)
 		return false;
 	node = ipv4 ? &current->node[0] : &current->node[1];

@@ -35,10 +35,12 @@ struct rule {
 	__u32 pad;
 };
 
-/* The rule sets of a pod of this node, by its address; 0: none, everything passes. */
+/* A pod of this node, by its address: its rule sets (0: none, everything passes), and what other nodes
+ * are told of its identity (0: nothing). */
 struct subject {
 	__u32 ingress;
 	__u32 egress;
+	__u32 tag;
 };
 
 GROWING_MAP(identities, 1, BPF_MAP_TYPE_LPM_TRIE, struct identity_key, __u32, BPF_F_NO_PREALLOC);
@@ -103,11 +105,11 @@ static __always_inline void count_ruling(__u64 ruling)
 		*packets += 1;
 }
 
-/* Whether one direction lets the first packet of `flow` pass; what it refuses is reported. */
-static __always_inline bool is_allowed(__u32 interface, __u32 rule_set, const struct flow *flow,
-				       bool egress)
+/* Whether one direction lets the first packet of `flow` pass, the other end being `identity`; what it
+ * refuses is reported. */
+static __always_inline bool is_allowed(__u32 interface, __u32 rule_set, __u32 identity,
+				       const struct flow *flow, bool egress)
 {
-	__u32 identity = find_identity(egress ? &flow->destination : &flow->source);
 	struct rule *rule = find_rule(rule_set, identity, flow);
 	enum reason reason;
 	struct event *event;

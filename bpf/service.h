@@ -140,7 +140,7 @@ enum detect_local { DETECT_NONE, DETECT_CIDR, DETECT_INTERFACE }; /* how pods ar
 struct settings {
 	struct address node[2]; /* what masquerading puts as source: IPv4, IPv6; zero: none */
 	__u32 detect_local;
-	__u32 pad;
+	__u32 overlay; /* index of the device between nodes; 0: none, or not ready */
 };
 
 struct {

@@ -105,10 +105,11 @@ static __always_inline bool is_permitted(struct __sk_buff *ctx, struct work *w, 
 	asm volatile("" ::: "memory"); /* or the compiler ors two pointers, which no verifier takes */
 	if (to)
 		*tracked = true;
-	if (from && from->egress && !is_allowed(ctx->ifindex, from->egress, &w->to, true))
+	if (from && from->egress &&
+	    !is_allowed(ctx->ifindex, from->egress, find_identity(&w->to.destination), &w->to, true))
 		return false;
 	if (to && to->ingress && place != PLACE_NODE &&
-	    !is_allowed(ctx->ifindex, to->ingress, &w->to, false))
+	    !is_allowed(ctx->ifindex, to->ingress, find_sender(ctx, &w->to.source), &w->to, false))
 		return false;
 	return true;
 }
@@ -301,8 +302,36 @@ int from_network(struct __sk_buff *ctx)
 SEC("tc")
 int from_node(struct __sk_buff *ctx)
 {
-	if (ctx->ingress_ifindex || ctx->tc_index == WALKED)
+	if (ctx->ingress_ifindex || ctx->tc_index == WALKED || ctx->tc_index == TUNNELLED)
 		return TCX_NEXT;
 	ctx->tc_index = WALKED;
 	return walk(ctx, PLACE_NODE);
+}
+
+/* Ahead of from_network on the device between nodes. */
+SEC("tc")
+int from_overlay(struct __sk_buff *ctx)
+{
+	struct flow flow;
+
+	ctx->tc_index = 0;
+	if (ctx->ifindex != overlay_device())
+		return TCX_NEXT; /* nobody has said yet who is behind it */
+	read_ends(ctx, &flow);
+	return is_from_its_node(ctx, &flow) ? TCX_NEXT : drop(ctx, REASON_SPOOFED, &flow);
+}
+
+/* Behind from_node on that device: what has no key from our own look-up gets it here. */
+SEC("tc")
+int to_overlay(struct __sk_buff *ctx)
+{
+	struct tunnel *tunnel;
+	struct flow flow;
+
+	if (ctx->tc_index == TUNNELLED || !read_ends(ctx, &flow))
+		return TCX_NEXT;
+	tunnel = find_tunnel(&flow.destination);
+	if (tunnel && set_key(ctx, tunnel, &flow.source))
+		return drop(ctx, REASON_WRITE_FAILED, &flow);
+	return TCX_NEXT; /* not known here: by the route's key, or nowhere */
 }

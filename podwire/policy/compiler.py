@@ -18,7 +18,6 @@ from podwire.kube.objects import (
     Resource,
 )
 from podwire.kube.store import Change, ChangeSet
-from podwire.net import Address
 from podwire.policy import clusternetworkpolicy, networkpolicy
 from podwire.policy.hosts import (
     Attachment,
@@ -35,6 +34,7 @@ from podwire.policy.selectors import Labels
 from podwire.policy.table import Changed, Endpoint, Home, PolicyTable, selecting
 
 P = TypeVar("P", bound=Resource)
+_SYSTEM = "kube-system"
 _MANY_POLICIES = 50
 """From here on it is cheaper to look at all attached pods than at each policy's."""
 
@@ -65,6 +65,7 @@ class PolicyCompiler:
         self._stale: set[PolicyRef] = set()
         self._renamed: set[str] = set()
         self._table: PolicyTable | None = None
+        self._cluster = ""
         self._changed = True
 
     def attach(self, attachment: Attachment) -> None:
@@ -98,13 +99,24 @@ class PolicyCompiler:
         moved = self._index.assign(changed_addresses, self._hosts.host, self._namespace_labels)
         rule_sets = self._recompute(regrouped)
         self._dirty, self._stale, self._renamed, self._changed = set(), set(), set(), False
-        self._table = self._snapshot(frozenset(moved), frozenset(endpoints), frozenset(rule_sets))
+        self._table = self._snapshot(
+            Changed(
+                self._revision - 1,
+                frozenset(moved),
+                frozenset(endpoints),
+                frozenset(rule_sets),
+                self._index.take_renumbered(),
+            )
+        )
         return self._table
 
     # --- objects ---
 
     def _take_namespaces(self, changes: ChangeSet) -> None:
         for (_, name), change in changes.of(Namespace).items():
+            if name == _SYSTEM and change.new and change.new.metadata.uid != self._cluster:
+                self._cluster = change.new.metadata.uid
+                self._changed = True
             labels = change.new.metadata.labels if change.new else None
             if change.old and change.new and change.old.metadata.labels == labels:
                 continue
@@ -306,9 +318,7 @@ class PolicyCompiler:
             self._rule_sets = {number: group.snapshot() for number, group in live.items()}
         return changed | gone
 
-    def _snapshot(
-        self, addresses: frozenset[Address], endpoints: frozenset[Key], rule_sets: frozenset[int]
-    ) -> PolicyTable:
+    def _snapshot(self, changed: Changed) -> PolicyTable:
         namespaces, pods, owners = self._hosts.share()
         return PolicyTable(
             self._revision,
@@ -325,7 +335,8 @@ class PolicyCompiler:
             owners,
             dict(self._hosts.nodes),
             dict(self._hosts.attachments),
-            Changed(self._revision - 1, addresses, endpoints, rule_sets),
+            changed,
+            self._cluster,
         )
 
 

@@ -70,6 +70,7 @@ class PeerIndex:
         self.members: dict[Peer, set[int]] = {}
         self.matched: dict[int, set[Peer]] = {}
         self._touched = touched
+        self._renumbered: set[int] = set()
         self._next = 1
         self._numbers: dict[IdentityKey, int] = {}
         self._keys: dict[int, IdentityKey] = {}
@@ -204,6 +205,11 @@ class PeerIndex:
             changed[address] = number
         return changed
 
+    def take_renumbered(self) -> frozenset[int]:
+        """Identities that came or went since this was asked last."""
+        renumbered, self._renumbered = frozenset(self._renumbered), set()
+        return renumbered
+
     def blocks_around(self, address: Address) -> frozenset[BlockPeer]:
         """The ipBlocks in use that contain the address."""
         bits = len(address) * 8
@@ -263,6 +269,7 @@ class PeerIndex:
         self._keys[number] = key
         self._users[number] = 0
         self.identities[number] = identity
+        self._renumbered.add(number)
         if identity.kind == "pod":
             for home in pod_homes(identity.namespace, identity.labels):
                 self._identities_at.setdefault(home, set()).add(number)
@@ -274,6 +281,7 @@ class PeerIndex:
         if self._users[number]:
             return
         identity = self.identities.pop(number)
+        self._renumbered.add(number)
         del self._users[number], self._numbers[self._keys.pop(number)]
         for peer in self.matched.pop(number):
             self.members[peer].discard(number)

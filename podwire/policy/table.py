@@ -54,6 +54,7 @@ class PolicyDelta(NamedTuple):
     addresses: frozenset[Address]
     endpoints: frozenset[Key]
     rule_sets: frozenset[int]
+    identities: frozenset[int]
     intervals: bool
 
 
@@ -64,6 +65,7 @@ class Changed(NamedTuple):
     addresses: frozenset[Address]
     endpoints: frozenset[Key]
     rule_sets: frozenset[int]
+    identities: frozenset[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,11 @@ class PolicyTable:
     owners: Mapping[Address, Owner]
     nodes: Mapping[str, tuple[Labels, tuple[Address, ...]]]
     attachments: Mapping[Key, Attachment]
-    changed: Changed = field(default=Changed(-1, frozenset(), frozenset(), frozenset()))
+    changed: Changed = field(
+        default=Changed(-1, frozenset(), frozenset(), frozenset(), frozenset())
+    )
+    cluster: str = ""
+    """The UID of the cluster's kube-system Namespace, which all nodes know alike."""
 
     def delta(self, old: PolicyTable | None) -> PolicyDelta:
         """What differs from `old`; from the table just before, without looking at the rest."""
@@ -98,17 +104,24 @@ class PolicyTable:
                 frozenset(self.addresses),
                 frozenset(self.endpoints),
                 frozenset(self.rule_sets),
+                frozenset(self.identities),
                 True,
             )
         intervals = old.intervals != self.intervals
         if old.revision == self.changed.since:
+            changed = self.changed
             return PolicyDelta(
-                self.changed.addresses, self.changed.endpoints, self.changed.rule_sets, intervals
+                changed.addresses,
+                changed.endpoints,
+                changed.rule_sets,
+                changed.identities,
+                intervals,
             )
         return PolicyDelta(
             _differing(old.addresses, self.addresses),
             _differing(old.endpoints, self.endpoints),
             _differing(old.rule_sets, self.rule_sets),
+            _differing(old.identities, self.identities),
             intervals,
         )
 

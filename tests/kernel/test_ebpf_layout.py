@@ -35,6 +35,7 @@ STRUCTS = {
     "rule_key": layout.RULE_KEY,
     "rule": layout.RULE,
     "subject": layout.SUBJECT,
+    "tunnel": layout.TUNNEL,
     "collect": layout.COLLECT,
 }
 ENUMS = {

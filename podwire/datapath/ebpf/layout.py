@@ -22,7 +22,7 @@ BACKEND = struct.Struct("=16s2sHI")  # address, port, flags, service
 MEMBER_KEY = struct.Struct("=16sI2sH")  # address, service, port, local
 RANGE_KEY = struct.Struct("=II16s")  # length, service, address
 PREFIX_KEY = struct.Struct("=I4x16s")  # length (32 more than the prefix), address
-SETTINGS = struct.Struct("=16s16sI4x")  # node's IPv4 and IPv6, detect_local
+SETTINGS = struct.Struct("=16s16sII")  # node's IPv4 and IPv6, detect_local, overlay's interface
 FLOW = struct.Struct("=16s16s2s2sB3x")  # source, destination, their ports, protocol
 CONNECTION = struct.Struct("=40sIIBB6x")  # to, seen_s, service, state, flags
 INTERFACE = struct.Struct("=16s16sI6s6x")  # addresses, flags, mac
@@ -31,7 +31,8 @@ EVENT = struct.Struct("=QIIQII40s")  # time, reason, interface, ruling, peer, eg
 REMOTE = struct.Struct("=16s2s6x")  # address, port
 RULE_KEY = struct.Struct("=IIIBx2s")  # length, rule set, identity, protocol, port
 RULE = struct.Struct("=QI4x")  # ruling, verdict
-SUBJECT = struct.Struct("=II")  # ingress, egress rule set
+SUBJECT = struct.Struct("=III")  # ingress, egress rule set, tag
+TUNNEL = struct.Struct("=16s16s16s6s6s4x")  # remote, local, own address, MAC, own MAC
 COLLECT = struct.Struct("=IIIIII")
 COOKIE = struct.Struct("=Q")
 RULING = struct.Struct("=Q")

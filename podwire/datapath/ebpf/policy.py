@@ -2,7 +2,8 @@
 
 A rule set's outcome for an identity is a few entries, keyed (rule set, identity, protocol, port
 prefix); an address finds its identity in another map, a pod its rule sets in a third. New rule sets
-are written before a pod names them, so that no packet is judged by half of one.
+are written before a pod names them, so that no packet is judged by half of one. A fourth map says
+which identity the tag means that packets of other nodes bear.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address, Protocol, range_to_prefixes
 from podwire.policy import Endpoint, PolicyTable, Verdict
 from podwire.policy.rulesets import RuleSet
+from podwire.policy.tags import TagIndex, tag
 from podwire.policy.verdicts import Outcome, Verdicts
 
 _ANYBODY = 0
@@ -56,6 +58,7 @@ class PolicyPart:
         self._programs = programs or Programs(netns_fd=netns_fd)
         self._shared = programs is not None
         self._table: PolicyTable | None = None
+        self._tags = TagIndex("")
         self._rulings = Rulings(self._programs)
 
     def close(self) -> None:
@@ -83,13 +86,14 @@ class PolicyPart:
 
     def _apply(self, table: PolicyTable) -> None:
         old, self._table = self._table, table
-        delta = table.delta(old)
         growing = self._programs.growing
-        if old is None:
+        if old is None or old.cluster != table.cluster:
+            self._tags = TagIndex(table.cluster)
+            self._tags.change(table.identities, table.identities)
             entries = self._spell(table)
             self._rulings.adopt(table)
             known = growing["subjects"].read()
-            for kind in ("rules", "identities"):
+            for kind in ("rules", "identities", "tags"):
                 growing[kind].replace(entries[kind])
             self._attach(
                 (each for each in table.endpoints.values() if _is_judged(each)),
@@ -98,6 +102,7 @@ class PolicyPart:
             growing["subjects"].replace(entries["subjects"])
             self._attach(each for each in table.endpoints.values() if not _is_judged(each))
             return
+        delta = table.delta(old)
         changed = [table.endpoints[pod] for pod in delta.endpoints if pod in table.endpoints]
         gone = [old.endpoints[pod] for pod in delta.endpoints if pod in old.endpoints]
         rules = (
@@ -109,14 +114,18 @@ class PolicyPart:
             if delta.intervals
             else (_exact(old, delta.addresses), _exact(table, delta.addresses))
         )
-        subjects = _subjects(gone), _subjects(changed)
+        meanings = self._tags.change(delta.identities, table.identities)
+        tags = _meanings(meanings[0]), _meanings(meanings[1])
+        subjects = _subjects(old, gone), _subjects(table, changed)
         self._rulings.write(table)
         _write(growing["rules"], *rules)
         _write(growing["identities"], *identities)
+        _write(growing["tags"], *tags)
         self._attach(each for each in changed if _is_judged(each))
         _write(growing["subjects"], *subjects)
         self._attach(each for each in changed if not _is_judged(each))
         _delete(growing["subjects"], *subjects)
+        _delete(growing["tags"], *tags)
         _delete(growing["identities"], *identities)
         _delete(growing["rules"], *rules)
         self._rulings.forget(table)
@@ -145,8 +154,8 @@ class PolicyPart:
         self._table = None
 
     def status(self) -> dict[str, object]:
-        """Fill levels of the three maps."""
-        kinds = ("identities", "rules", "subjects")
+        """Fill levels of the maps."""
+        kinds = ("identities", "rules", "subjects", "tags")
         return {kind: self._programs.growing[kind].fill() for kind in kinds}
 
     def counts(self) -> list[PolicyCount]:
@@ -186,7 +195,8 @@ class PolicyPart:
         return {
             "rules": self._rule_entries(table, table.rule_sets),
             "identities": _identities(table),
-            "subjects": _subjects(table.endpoints.values()),
+            "tags": _meanings(self._tags.meanings()),
+            "subjects": _subjects(table, table.endpoints.values()),
         }
 
     def _rule_entries(self, table: PolicyTable, numbers: Iterable[int]) -> dict[bytes, bytes]:
@@ -244,12 +254,20 @@ def _delete(growing: GrowingMap, old: Mapping[bytes, bytes], new: Mapping[bytes,
     growing.delete(list(old.keys() - new.keys()))
 
 
-def _subjects(endpoints: Iterable[Endpoint]) -> dict[bytes, bytes]:
-    return {
-        mapped(address): SUBJECT.pack(endpoint.ingress or 0, endpoint.egress or 0)
-        for endpoint in endpoints
-        for address in endpoint.addresses
-    }
+def _subjects(table: PolicyTable, endpoints: Iterable[Endpoint]) -> dict[bytes, bytes]:
+    out: dict[bytes, bytes] = {}
+    for endpoint in endpoints:
+        host = table.pod_host(endpoint.pod)
+        bears = 0
+        if host is not None and host.kind == "pod":
+            bears = tag(table.cluster, host.namespace, host.labels, host.ports)
+        value = SUBJECT.pack(endpoint.ingress or 0, endpoint.egress or 0, bears)
+        out.update((mapped(address), value) for address in endpoint.addresses)
+    return out
+
+
+def _meanings(tags: Mapping[int, int]) -> dict[bytes, bytes]:
+    return {NUMBER.pack(each): NUMBER.pack(identity) for each, identity in tags.items()}
 
 
 def _exact(table: PolicyTable, addresses: Iterable[Address]) -> dict[bytes, bytes]:

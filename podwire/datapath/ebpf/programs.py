@@ -36,6 +36,7 @@ from podwire.datapath.ebpf.layout import (
     RULE_KEY,
     SETTINGS,
     SUBJECT,
+    TUNNEL,
     VERSION,
     DetectBy,
     Reason,
@@ -58,6 +59,7 @@ from podwire.kernel.bpf import (
 )
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address
+from podwire.nodes import OVERLAY_DEVICE
 
 OBJECTS = Path(__file__).resolve().parents[2] / "built" / "bpf"
 _LOOPBACK = 1
@@ -74,6 +76,8 @@ _GROWING = {  # name: kind, key and value size, entries to begin with
     "identities": (MapType.LPM_TRIE, PREFIX_KEY.size, 4, 1024),
     "rules": (MapType.LPM_TRIE, RULE_KEY.size, RULE.size, 1024),
     "subjects": (MapType.HASH, 16, SUBJECT.size, 256),
+    "tunnels": (MapType.LPM_TRIE, PREFIX_KEY.size, TUNNEL.size, 64),
+    "tags": (MapType.HASH, 4, 4, 256),
     "connections": (MapType.HASH, FLOW.size, CONNECTION.size, 65536),
 }
 _SOCKET_HOOKS = {
@@ -127,6 +131,7 @@ class Programs:
         """Paths of pods' network namespaces, by the host's end of their veths."""
         self._node: dict[int, Address] = {}
         self._detect = DetectBy.NONE
+        self._overlay = 0
         self.maps: dict[str, Map] = {}
         self.growing: dict[str, GrowingMap] = {}
         self.connections = Connections(self, self._room.get("connections", LIMIT))
@@ -147,7 +152,7 @@ class Programs:
         return frozenset(self._features)
 
     def enable(self, *wanted: str) -> None:
-        """Switch parts on: ``services``, ``policy``, ``pods`` or ``masquerade``.
+        """Switch parts on: ``services``, ``policy``, ``pods``, ``masquerade`` or ``overlay``.
 
         What is loaded already is loaded anew with them and replaced. Whoever needs several names
         them together: programs that judge are then never replaced by programs that do not.
@@ -217,18 +222,35 @@ class Programs:
 
         An interface may be gone again before its turn comes.
         """
-        present = self.dump_links()
-        for name in list(self._links):
-            if self._links[name].info.target == 0:
-                self._detach(name)
-        new = [index for index in present if not any(self._names(index))]
-        for index in new:
-            try:
-                self._attach_interface(index)
-            except KernelError as error:
-                if error.errno != errno.ENODEV:
-                    raise
-        return new
+        with self.lock:
+            present = self.dump_links()
+            for name in list(self._links):
+                if self._links[name].info.target == 0:
+                    self._detach(name)
+            new = [index for index in present if not any(self._names(index))]
+            for index in new:
+                try:
+                    self._attach_interface(index)
+                except KernelError as error:
+                    if error.errno != errno.ENODEV:
+                        raise
+            self._sync_overlay(present.values())
+            return new
+
+    def _sync_overlay(self, present: Iterable[links.Link]) -> None:
+        """Both ends of the device between nodes; programs check it once tunnels are known."""
+        found = next((each.index for each in present if each.name == OVERLAY_DEVICE), 0)
+        if "overlay" not in self._features:
+            found = 0
+        elif found:
+            self._attach_tcx("from_overlay", found, "ingress", first=True)
+            self._attach_tcx("to_overlay", found, "egress")
+        checked = found if self.growing["tunnels"].fill()[0] else 0
+        if checked != self._overlay:
+            self._overlay = checked
+            held = self.maps["settings"].lookup(NUMBER.pack(0)) or bytes(SETTINGS.size)
+            settings = (*SETTINGS.unpack(held)[:-1], checked)
+            self.maps["settings"].update(NUMBER.pack(0), SETTINGS.pack(*settings))
 
     def dump_links(self) -> dict[int, links.Link]:
         """The interfaces of the node's namespace, by index."""
@@ -263,7 +285,9 @@ class Programs:
 
     def _write_settings(self) -> None:
         node = [mapped(self._node[size]) if size in self._node else bytes(16) for size in (4, 16)]
-        self.maps["settings"].update(NUMBER.pack(0), SETTINGS.pack(*node, self._detect))
+        self.maps["settings"].update(
+            NUMBER.pack(0), SETTINGS.pack(*node, self._detect, self._overlay)
+        )
 
     def outcomes(self) -> dict[str, int]:
         """Packets by what became of them, since the maps were made."""
@@ -388,6 +412,7 @@ class Programs:
             "with_policy": flag("policy"),
             "with_pods": flag("pods"),
             "with_masquerade": flag("masquerade"),
+            "with_overlay": flag("overlay"),
             "node_netns_cookie": COOKIE.pack(netns_cookie(self._netns_fd)),
         }
 
@@ -442,11 +467,13 @@ class Programs:
                 self._detach(f"{other}-{ifindex}-ingress")
         self._attach_tcx("from_node", ifindex, "egress")
 
-    def _attach_tcx(self, program: str, ifindex: int, direction: str) -> None:
+    def _attach_tcx(
+        self, program: str, ifindex: int, direction: str, *, first: bool = False
+    ) -> None:
         name = f"{program}-{ifindex}-{direction}"
         if name not in self._links:
             with netns.entered(self._netns_fd):
-                link = Link.tcx(self.program(program), ifindex, _TCX[direction])
+                link = Link.tcx(self.program(program), ifindex, _TCX[direction], first=first)
             self._keep(name, link)
 
     def _attach_sockets(self, cgroup: Path) -> None:

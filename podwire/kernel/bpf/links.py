@@ -41,6 +41,7 @@ class LinkInfo(NamedTuple):
     attach_type: int
 
 
+_BEFORE = 1 << 3  # BPF_F_BEFORE; without a link to be before: before all
 _LINK_CGROUP, _LINK_ITER, _LINK_XDP, _LINK_NETFILTER, _LINK_TCX = 3, 4, 6, 10, 11
 _XDP_SKB_MODE, _XDP_DRV_MODE = 1 << 1, 1 << 2  # include/uapi/linux/if_link.h
 
@@ -52,9 +53,13 @@ class Link:
         self.fd = fd
 
     @classmethod
-    def tcx(cls, program: Program, ifindex: int, where: AttachType) -> Link:
-        """Attach behind what is there. The interface is of the caller's network namespace."""
-        return cls._create(program, ifindex, where, f"tcx on interface {ifindex}")
+    def tcx(cls, program: Program, ifindex: int, where: AttachType, *, first: bool = False) -> Link:
+        """Attach behind what is there, or before it when `first`.
+
+        The interface is of the caller's network namespace.
+        """
+        flags = _BEFORE if first else 0
+        return cls._create(program, ifindex, where, f"tcx on interface {ifindex}", flags)
 
     @classmethod
     def xdp(cls, program: Program, ifindex: int, *, generic: bool = False) -> Link:
