@@ -8,6 +8,7 @@ which at 250,000 endpoints is a second.
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
 from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
@@ -115,8 +116,23 @@ def parse_prefix(text: str) -> Prefix:
         length -= 96
     if not 0 <= length <= bits:
         raise InvalidObject(f"not a CIDR: {text!r}")
-    number = int.from_bytes(address, "big") >> (bits - length) << (bits - length)
+    return network(address, length)
+
+
+def network(address: Address, length: int) -> Prefix:
+    """The prefix of that length which the address is in."""
+    shift = len(address) * 8 - length
+    number = int.from_bytes(address, "big") >> shift << shift
     return Prefix(number.to_bytes(len(address), "big"), length)
+
+
+def disjoint(prefixes: Iterable[Prefix]) -> tuple[Prefix, ...]:
+    """Those that no other one covers, IPv4 first, in order."""
+    out: list[Prefix] = []
+    for prefix in sorted(set(prefixes), key=lambda p: (len(p.address), p.address, p.length)):
+        if not (out and out[-1].covers(prefix)):
+            out.append(prefix)
+    return tuple(out)
 
 
 def range_to_prefixes(first: int, last: int, bits: int) -> list[tuple[int, int]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from podwire.datapath import Requirement
-from podwire.net import Address, Prefix, format_address, parse_prefix
+from podwire.net import Address, Prefix, disjoint, format_address, parse_prefix
 
-MULTICAST = parse_prefix("224.0.0.0/4")  # never leaves by routing, and must keep its source
+_MULTICAST = parse_prefix("224.0.0.0/4")  # never leaves by routing, and must keep its source
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class VpcTable:
     random_ports: str = "prng"  # prng: fully random, hashrandom: random, none
     mark: int = 0x80
     pod_links: str = "eni"  # how the host ends of pods' links begin
+
+    @property
+    def not_translated(self) -> tuple[Prefix, ...]:
+        """Where packets go with the pod's own address. Disjoint, as the kernel wants intervals."""
+        return disjoint(each for each in (*self.near, _MULTICAST) if each.bits == 32)
 
     def status(self) -> dict[str, object]:
         """For `podwire status`."""

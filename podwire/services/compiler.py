@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 from podwire.kube.objects import EndpointSlice, Node, Service, ServiceCIDR
 from podwire.kube.store import ChangeSet
-from podwire.net import Address, Prefix, Protocol, format_address
+from podwire.net import Address, Prefix, Protocol, disjoint, format_address
 from podwire.services import endpoints, spec
 from podwire.services.endpoints import SliceEndpoints
 from podwire.services.model import (
@@ -118,7 +118,7 @@ class ServiceCompiler:
         config = self._config
         cidrs = [*config.service_cidrs, *(p for some in self._cidrs.values() for p in some)]
         scopes = nodeport_scopes(config, node)
-        return Settings(node, config, spec.disjoint(cidrs), scopes)
+        return Settings(node, config, disjoint(cidrs), scopes)
 
     # --- slices -----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import msgspec
 from podwire.errors import InvalidObject
 from podwire.kube.objects import Service
 from podwire.kube.objects import ServicePort as ApiPort
-from podwire.net import Address, Prefix, parse_address, parse_prefix
+from podwire.net import Address, Prefix, disjoint, parse_address, parse_prefix
 from podwire.services.endpoints import PROTOCOLS
 from podwire.services.model import (
     Algorithm,
@@ -42,6 +42,12 @@ class PortSpec(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Problems(list[str]):
+    """What was set aside of a Service, each sentence once."""
+
+    def add(self, text: str) -> None:
+        if text not in self:
+            self.append(text)
+
     def __str__(self) -> str:
         return "; ".join(self)
 
@@ -112,13 +118,13 @@ def _valid_ports(service: Service, problems: _Problems) -> list[ApiPort]:
     for port in service.spec.ports:
         label = f"port {port.name or port.port}"
         if port.protocol not in PROTOCOLS:
-            problems.append(f"{label} set aside: protocol {port.protocol!r} is not served")
+            problems.add(f"{label} set aside: protocol {port.protocol!r} is not served")
         elif not 0 < port.port < 65536:
-            problems.append(f"{label} set aside: {port.port} is not a port number")
+            problems.add(f"{label} set aside: {port.port} is not a port number")
         elif (port.name, port.protocol) in seen:
-            problems.append(f"{label} set aside: its name is taken by another port")
+            problems.add(f"{label} set aside: its name is taken by another port")
         elif not 0 <= port.node_port < 65536:
-            problems.append(f"{label}: node port {port.node_port} is not a port number")
+            problems.add(f"{label}: node port {port.node_port} is not a port number")
             ports.append(msgspec.structs.replace(port, node_port=0))
             seen.add((port.name, port.protocol))
         else:
@@ -154,7 +160,7 @@ def _external_ips(
         if allowed is None or any(address in prefix for prefix in allowed):
             out.append(address)
         else:
-            _add(problems, "externalIPs outside the allowed ranges set aside")
+            problems.add("externalIPs outside the allowed ranges set aside")
     return out
 
 
@@ -173,7 +179,7 @@ def _source_ranges(
     """
     prefixes, bad = parse_prefixes(service.spec.load_balancer_source_ranges)
     if bad:
-        _add(problems, f"loadBalancerSourceRanges set aside: {bad}")
+        problems.add(f"loadBalancerSourceRanges set aside: {bad}")
     mine = [prefix for prefix in prefixes if _family(prefix.address) == family]
     if any(prefix.length == 0 for prefix in mine) or not (mine or (bad and not prefixes)):
         return None
@@ -191,7 +197,7 @@ def _affinity(service: Service, problems: _Problems) -> int:
     if timeout is None:
         return _DEFAULT_AFFINITY_S
     if not 0 < timeout <= _MAX_AFFINITY_S:
-        problems.append(f"session affinity of {timeout} s taken as {_DEFAULT_AFFINITY_S} s")
+        problems.add(f"session affinity of {timeout} s taken as {_DEFAULT_AFFINITY_S} s")
         return _DEFAULT_AFFINITY_S
     return timeout
 
@@ -202,7 +208,7 @@ def _algorithm(service: Service, problems: _Problems) -> Algorithm | Literal[""]
         if text == known:
             return known
     if text:
-        _add(problems, f"annotation {ALGORITHM}: {text!r} is neither random nor maglev")
+        problems.add(f"annotation {ALGORITHM}: {text!r} is neither random nor maglev")
     return ""
 
 
@@ -211,7 +217,7 @@ def _health_check_port(service: Service, problems: _Problems) -> int:
     if spec.type != "LoadBalancer" or spec.external_traffic_policy != "Local":
         return 0
     if not 0 <= spec.health_check_node_port < 65536:
-        _add(problems, f"healthCheckNodePort {spec.health_check_node_port} is not a port number")
+        problems.add(f"healthCheckNodePort {spec.health_check_node_port} is not a port number")
         return 0
     return spec.health_check_node_port
 
@@ -224,10 +230,10 @@ def _addresses(texts: Iterable[str], what: str, problems: _Problems) -> list[Add
         try:
             address = parse_address(text)
         except InvalidObject:
-            _add(problems, f"{what} {text!r} is not an address")
+            problems.add(f"{what} {text!r} is not an address")
             continue
         if _is_impossible(address):
-            _add(problems, f"{what} {text!r} is not an address to serve on")
+            problems.add(f"{what} {text!r} is not an address to serve on")
         else:
             out.append(address)
     return out
@@ -238,11 +244,6 @@ def _is_impossible(address: Address) -> bool:
     if len(address) == 4:
         return address[0] in (0, 127)
     return address[:15] == bytes(15) and address[15] < 2
-
-
-def _add(problems: _Problems, text: str) -> None:
-    if text not in problems:
-        problems.append(text)
 
 
 def _family(address: Address) -> Family:
@@ -263,12 +264,3 @@ def parse_prefixes(texts: Iterable[str]) -> tuple[list[Prefix], str]:
         except InvalidObject:
             bad.append(repr(text))
     return prefixes, ", ".join(bad)
-
-
-def disjoint(prefixes: Iterable[Prefix]) -> tuple[Prefix, ...]:
-    """The prefixes without those that others cover, sorted."""
-    out: list[Prefix] = []
-    for prefix in sorted(set(prefixes), key=lambda p: (len(p.address), p.address, p.length)):
-        if not (out and len(out[-1].address) == len(prefix.address) and out[-1].covers(prefix)):
-            out.append(prefix)
-    return tuple(out)

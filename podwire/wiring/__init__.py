@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from podwire.net import Address, Prefix
+from podwire.net import Address, Prefix, network
 
 # Who made a neighbour entry or route (rtm_protocol, NDA_PROTOCOL): ours are told from others by it.
 KERNEL_PROTOCOL = 112
@@ -51,9 +51,7 @@ class PodAddress(NamedTuple):
     @property
     def network(self) -> Prefix:
         """What is on the link with the pod."""
-        bits = len(self.address) * 8
-        number = int.from_bytes(self.address, "big") >> (bits - self.length)
-        return Prefix((number << (bits - self.length)).to_bytes(bits // 8, "big"), self.length)
+        return network(self.address, self.length)
 
 
 class PodRoute(NamedTuple):

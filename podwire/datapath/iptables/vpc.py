@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from podwire.datapath import Requirement
-from podwire.datapath.prefixes import widest
-from podwire.datapath.vpc import MULTICAST, VpcTable, needs
+from podwire.datapath.vpc import VpcTable, needs
 from podwire.kernel.iptables import Flavour, Hook, Iptables, Rules, TableChange, detect_flavour
 from podwire.net import format_address
 
@@ -101,7 +100,7 @@ def rules(table: VpcTable) -> dict[str, tuple[Mapping[str, Rules], list[Hook]]]:
     mangle = {ARRIVING: arriving}, [Hook("PREROUTING", f"-j {ARRIVING}")]
     if not table.snat:
         return {"mangle": mangle, "nat": ({}, [])}
-    near = [f"-d {prefix} -j RETURN" for prefix in widest((*table.near, MULTICAST), 32)]
+    near = [f"-d {prefix} -j RETURN" for prefix in table.not_translated]
     local = "-m addrtype --dst-type LOCAL -j RETURN"
     leaving = [local, *near, f"-j CONNMARK --set-xmark {mark}/{mark}", restore]
     primary = format_address(table.primary)

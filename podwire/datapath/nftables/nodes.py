@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from podwire.datapath import Requirement
 from podwire.datapath.nftables.fixed import FixedTable
 from podwire.datapath.nodes import needs
-from podwire.datapath.prefixes import widest
 from podwire.kernel.nftables import (
     INET,
     Element,
@@ -21,7 +20,7 @@ from podwire.kernel.nftables import (
     interval,
     intervals,
 )
-from podwire.net import Address, Prefix
+from podwire.net import Address, Prefix, disjoint
 from podwire.nodes import RouteTable
 
 TABLE = "podwire-nodes"
@@ -135,7 +134,8 @@ def _wanted(table: RouteTable) -> dict[Set, _Ranges]:
 
 def _ranges(prefixes: Iterable[Prefix], size: int) -> _Ranges:
     """The kernel wants disjoint intervals."""
-    return frozenset((prefix.first, prefix.last) for prefix in widest(prefixes, size * 8))
+    of_family = (prefix for prefix in prefixes if len(prefix.address) == size)
+    return frozenset((prefix.first, prefix.last) for prefix in disjoint(of_family))
 
 
 def _elements(ranges: _Ranges) -> list[Element]:

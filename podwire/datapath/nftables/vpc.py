@@ -18,8 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from podwire.datapath import Requirement
-from podwire.datapath.prefixes import widest
-from podwire.datapath.vpc import MULTICAST, VpcTable, needs
+from podwire.datapath.vpc import VpcTable, needs
 from podwire.kernel.nftables import IP, Element, NfTables, Set
 from podwire.net import format_address
 
@@ -82,7 +81,7 @@ def script(table: VpcTable) -> str:
     """The table as nft(8) reads it."""
     mark, others = f"{table.mark:#x}", f"{0xFFFFFFFF & ~table.mark:#x}"
     pods = f'iifname "{table.pod_links}*"'
-    near = ", ".join(map(str, widest((*table.near, MULTICAST), 32)))
+    near = ", ".join(map(str, table.not_translated))
     leaving = f"""
     {pods} ct state new ct direction original fib daddr type != local ip daddr != @near \
 ct mark set ct mark | {mark}"""

@@ -17,7 +17,7 @@ from podwire.ipam.vpc.cloud import CloudEni
 from podwire.ipam.vpc.limits import PREFIX_ADDRESSES
 from podwire.ipam.vpc.plan import EniView
 from podwire.ipam.vpc.pool import PoolStats
-from podwire.net import Address, Prefix
+from podwire.net import Address, Prefix, network
 
 OwnerT = TypeVar("OwnerT")
 
@@ -182,8 +182,7 @@ class DataStore(Generic[OwnerT]):
         """The ENI an address belongs to; None when no known one has it."""
         bits = len(address) * 8
         for length in (32, 28) if bits == 32 else (80,):
-            number = int.from_bytes(address, "big") >> (bits - length) << (bits - length)
-            home = self._homes.get(Prefix(number.to_bytes(bits // 8, "big"), length))
+            home = self._homes.get(network(address, length))
             if home is not None:
                 return self.enis[home]
         return None
