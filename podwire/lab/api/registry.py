@@ -115,7 +115,7 @@ class Registry:
         if not metadata.get("name"):
             if not metadata.get("generateName"):
                 why = "name or generateName is required"
-                raise self._invalid(resource, "", [_required_name(why)])
+                raise errors.invalid(resource, "", [_required_name(why)])
             metadata["name"] = metadata["generateName"] + random_suffix()
         name = metadata["name"]
         if resource.namespaced:
@@ -175,10 +175,7 @@ class Registry:
         if not problems and resource.kind == "Service":
             problems = self.addresses.fill(obj, old) or validate(resource.kind, obj, old)
         if problems:
-            raise self._invalid(resource, obj["metadata"]["name"], problems)
-
-    def _invalid(self, resource: ApiResource, name: str, problems: list[Any]) -> errors.StatusError:
-        return errors.invalid(resource, name, problems)
+            raise errors.invalid(resource, obj["metadata"]["name"], problems)
 
     def _store(
         self, resource: ApiResource, obj: Json, old: Record | None, *, dry_run: bool
