@@ -1,8 +1,8 @@
 """The agent: assembles the rooms and runs until it is told to stop.
 
-Start: the last known objects from disk, then the API; the own Node object; the data paths, which
-adopt what an earlier agent left; the first sync; only then the CNI configuration, which makes the
-node Ready. Stop: sockets close, the kernel keeps what traffic needs.
+Start: the last known objects from disk, then the API, and the data path meanwhile; the own Node
+object; the parts, which adopt what an earlier agent left; the first sync; only then the CNI
+configuration, which makes the node Ready. Stop: sockets close, the kernel keeps what traffic needs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from podwire import __version__
 from podwire.agent import handover, parts, report
 from podwire.agent import node as own_node
 from podwire.agent.control import ControlServer
+from podwire.agent.datapaths import DataPath
 from podwire.agent.endpoints import Endpoints, Health
 from podwire.agent.logs import event
 from podwire.agent.loop import Loop
@@ -126,10 +127,12 @@ class Agent:
             self._loop.wake()
 
     async def _serve(self, stack: contextlib.AsyncExitStack, client: Client, known: bool) -> None:
+        # the kernel verifies programs on another core while the lists come in
+        datapath = await asyncio.to_thread(DataPath, self.options)
         node = await self._own_node()
         if not known:
             await self.reflector.wait_synced()
-        built = parts.build(self.options, node)
+        built = parts.build(self.options, node, datapath)
         self._syncs = built.syncs
         self._more_reasons = built.reasons
         self._machine = Machine(built.requirements)

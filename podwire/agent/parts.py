@@ -136,9 +136,9 @@ def must_restart(options: Options, old: Node | None, new: Node | None) -> bool:
     return by_node_cidr and own_node.pod_cidrs(old) != own_node.pod_cidrs(new)
 
 
-def build(options: Options, node: Node) -> Built:
+def build(options: Options, node: Node, datapath: DataPath) -> Built:
     """The rooms for these options. Raises Unsupported, ConfigError."""
-    built = Built(DataPath(options))
+    built = Built(datapath)
     room = _add_conntrack(built, options)
     if "nodes" in options.parts and options.wiring != "vpc":  # the VPC routes between nodes
         _add_nodes(built, options)

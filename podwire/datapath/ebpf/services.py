@@ -285,9 +285,11 @@ class ServicesPart:
         self._tables.adopt({spelling.table_room(run) for run in tables})
         self._next_service = max((fact[0] for fact in known.values()), default=0) + 1
         for name, port in table.ports.items():
-            keys = (key for key, _ in spelling.frontends(port, Lease(0), table.settings))
-            facts = [known[key] for key in keys if key in known]
-            before = self._recognise(port, facts, slots) if facts else None
+            before = None
+            if known:
+                keys = (key for key, _ in spelling.frontends(port, Lease(0), table.settings))
+                facts = [known[key] for key in keys if key in known]
+                before = self._recognise(port, facts, slots) if facts else None
             self._leases[name] = self._lease(port, before)
         self._addresses.change((), table.ports.values())
         self._rewrite(table.ports, table.settings, tables)
