@@ -134,10 +134,11 @@ def _texts(prefixes: Iterable[Prefix] | None) -> list[str] | None:
 
 
 def resolve(store: Store, table: ServiceTable, query: Mapping[str, str]) -> dict[str, Any]:
-    """What becomes of a new connection ``src`` → ``dst``:``port``/``protocol``.
+    """What becomes here of a new connection ``src`` → ``dst``:``port``/``protocol``.
 
     `src` is a pod (``namespace/name``), an address, or ``node``; `dst` an address or a Service
-    (``namespace/name``). Raises InvalidObject.
+    (``namespace/name``). ``decided_on`` names the node that such a connection meets first: what
+    another one answers is no more than what it would do. Raises InvalidObject.
     """
     try:
         protocol = Protocol[query.get("protocol", "TCP").upper()]
@@ -148,9 +149,14 @@ def resolve(store: Store, table: ServiceTable, query: Mapping[str, str]) -> dict
     source, interface = _source(store, table, query.get("src", ""), len(destination))
     packet = Packet(source, destination, protocol, port, interface)
     answer = table.resolve(packet)
+    pod = _pod_with(store.all(Pod).values(), source) if interface else None
+    node = table.settings.node.name
+    origin = {"": "the node itself", UPLINK: "outside"}.get(interface, "a pod")
     return {
         "source": format_address(source),
-        "from": {"": "the node itself", UPLINK: "outside"}.get(interface, "a pod"),
+        "from": f"a pod of {pod.spec.node_name}" if pod else origin,
+        "node": node,
+        "decided_on": pod.spec.node_name if pod else node,
         "destination": format_endpoint(destination, port),
         "protocol": protocol.name,
         "verdict": answer.verdict,
@@ -160,7 +166,7 @@ def resolve(store: Store, table: ServiceTable, query: Mapping[str, str]) -> dict
         "backends": [
             {
                 "endpoint": format_backend(each),
-                "pod": _pod_of(store.all(Pod).values(), backend_address(each)),
+                "pod": _name(_pod_with(store.all(Pod).values(), backend_address(each))),
                 "masquerade": answer.masquerades(each),
             }
             for each in answer.backends
@@ -204,9 +210,10 @@ def _source(store: Store, table: ServiceTable, text: str, size: int) -> tuple[Ad
     return address, pods if any(address in prefix for prefix in detect.prefixes) else UPLINK
 
 
-def _pod_of(pods: Iterable[Pod], address: Address) -> str | None:
+def _pod_with(pods: Iterable[Pod], address: Address) -> Pod | None:
     text = format_address(address)
-    for pod in pods:
-        if any(ip.ip == text for ip in pod.status.pod_ips):
-            return "/".join(pod.key)
-    return None
+    return next((pod for pod in pods if any(ip.ip == text for ip in pod.status.pod_ips)), None)
+
+
+def _name(pod: Pod | None) -> str | None:
+    return "/".join(pod.key) if pod else None

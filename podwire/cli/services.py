@@ -44,12 +44,23 @@ def run(args: argparse.Namespace) -> int:
         case "show":
             answer = ask(socket, "/v1/services/show", {"name": args.name})
         case _:
-            answer = ask(socket, "/v1/services/resolve", _query(args))
+            answer = _resolve(args)
     if args.json:
         print(json.dumps(answer, indent=2))
     else:
         {"ls": _print_list, "show": _print_one}.get(args.action, _print_resolution)(answer)
     return 1 if args.action == "resolve" and answer["verdict"] in ("reject", "drop") else 0
+
+
+def _resolve(args: argparse.Namespace) -> Any:
+    """The answer of the node that decides, where its agent can be asked; else of the first."""
+    query = _query(args)
+    answer = ask(agents.socket(args), "/v1/services/resolve", query)
+    if answer["decided_on"] != answer["node"] and not args.node:
+        socket = agents.socket_on(args, answer["decided_on"])
+        if socket is not None:
+            return ask(socket, "/v1/services/resolve", query)
+    return answer
 
 
 def _query(args: argparse.Namespace) -> dict[str, str]:
@@ -104,6 +115,8 @@ def _print_resolution(answer: dict[str, Any]) -> None:
           f" {verdict}, {answer['reason']}")  # fmt: skip
     if answer["service"]:
         print(f"  {answer['kind']} of {answer['service']}")
+    if answer["node"] != answer["decided_on"]:
+        print(f"  as {answer['node']} would do it; {answer['decided_on']} decides: ask its agent")
     for backend in answer["backends"]:
         seen = "sees a node address" if backend["masquerade"] else "sees the client's address"
         print(f"  → {backend['endpoint']} {backend['pod'] or ''} ({seen})")

@@ -101,6 +101,20 @@ def test_reach_shows_who_reaches_whom(up: subprocess.CompletedProcess[str]) -> N
     assert all(" protocol=TCP port=80 client=" in line for line in logs)
 
 
+def test_agents_of_the_named_lab_are_asked(up: subprocess.CompletedProcess[str]) -> None:
+    """$PODWIRE_LAB holds for them too, and the node of the client's pod decides."""
+    assert podwire("status").stdout.count("healthy") == 2
+    for pod in Lab(NAME).items("/api/v1/namespaces/default/pods"):
+        words = ("services", "resolve", f"default/{pod['metadata']['name']}", "default/web:80")
+        answer = json.loads(podwire(*words, "--json").stdout)
+        node = pod["spec"]["nodeName"]
+        assert (answer["node"], answer["from"]) == (node, f"a pod of {node}")
+        kept = [each for each in answer["backends"] if not each["masquerade"]]
+        assert len(kept) == len(answer["backends"]) - 1 == 1  # all but the way to itself
+        other = "node1" if node == "node2" else "node2"
+        assert f"{node} decides" in podwire(*words, "--node", other).stdout
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on this machine")
 def test_kubectl_works_with_the_kubeconfig(up: subprocess.CompletedProcess[str]) -> None:
     path = podwire("lab", "kubeconfig").stdout.strip()

@@ -76,6 +76,22 @@ def test_outside_and_node_are_told_apart(world: tuple[Store, ServiceTable]) -> N
     assert ask(world, "10.244.1.9", "10.96.0.10", 81)["verdict"] == "reject"
 
 
+def test_the_node_that_decides_is_that_of_the_pod(world: tuple[Store, ServiceTable]) -> None:
+    store, _ = world
+    other = {
+        "metadata": {"namespace": "shop", "name": "there"},
+        "spec": {"nodeName": "n2"},
+        "status": {"podIP": "10.244.2.5", "podIPs": [{"ip": "10.244.2.5"}]},
+    }
+    store.put(msgspec.convert(other, Pod))
+    for source in ("shop/there", "10.244.2.5"):
+        answer = ask(world, source, "shop/web", 80)
+        assert (answer["from"], answer["node"], answer["decided_on"]) == ("a pod of n2", "n1", "n2")
+    for source, where in (("shop/web-0", "a pod of n1"), ("node", "the node itself")):
+        answer = ask(world, source, "shop/web", 80)
+        assert (answer["from"], answer["decided_on"]) == (where, "n1")
+
+
 @pytest.mark.parametrize(
     ("src", "dst"), [("shop/none", "10.96.0.10"), ("node", "shop/none"), ("node", "nonsense")]
 )
