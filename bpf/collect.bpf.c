@@ -17,8 +17,19 @@ struct {
 	__type(value, __u8);
 } doomed SEC(".maps");
 
+/* Addresses of pods that left: another pod may have them soon, and what was allowed or translated for the
+ * one is nothing to the other. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct address);
+	__type(value, __u8);
+} departed SEC(".maps");
+
 struct walk {
 	struct flow pair;
+	struct flow back;
 	__u32 now_s;
 	__u32 established_s;
 	__u32 datagram_s;
@@ -55,9 +66,17 @@ static long expire(void *map, const struct flow *key, struct connection *value, 
 	__u32 seen_s = value->seen_s;
 	__u8 state = 0;
 
-	/* each pair is judged once, at its original direction; a half without the other goes too */
+	/* each pair is judged once, at its original direction; a half without the other goes too, and
+	 * so does one whose other half has become another connection's */
 	reverse(&w->pair, &value->to);
 	pair = bpf_map_lookup_elem(map, &w->pair);
+	if (pair) {
+		reverse(&w->back, &pair->to);
+		if (__builtin_memcmp(&w->back, key, sizeof(*key))) {
+			pair = NULL;
+			w->pair = *key;
+		}
+	}
 	if (pair) {
 		if (value->flags & CONNECTION_REPLY)
 			return 0; /* and so is counted with the other */
@@ -103,6 +122,19 @@ static long forget(void *map, const struct flow *key, struct connection *value, 
 	return 0;
 }
 
+static long depart(void *map, const struct flow *key, struct connection *value, struct walk *w)
+{
+	/* the other direction has the same addresses, and goes when its turn comes */
+	if (!bpf_map_lookup_elem(&departed, &key->source) &&
+	    !bpf_map_lookup_elem(&departed, &key->destination) &&
+	    !bpf_map_lookup_elem(&departed, &value->to.source) &&
+	    !bpf_map_lookup_elem(&departed, &value->to.destination))
+		return 0;
+	bpf_map_delete_elem(map, key);
+	w->removed++;
+	return 0;
+}
+
 static long move(void *map, const struct flow *key, struct connection *value, struct walk *w)
 {
 	void *current = current_map(&connections);
@@ -141,6 +173,9 @@ int collect(struct collect *args)
 		break;
 	case COLLECT_MOVE:
 		walked = bpf_for_each_map_elem(map, move, &w, 0);
+		break;
+	case COLLECT_DEPARTED:
+		walked = bpf_for_each_map_elem(map, depart, &w, 0);
 		break;
 	}
 	args->walked = walked;

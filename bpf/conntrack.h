@@ -140,11 +140,31 @@ static __always_inline bool is_closed(const struct connection *connection)
 	return connection->state & (STATE_FIN | STATE_RST);
 }
 
-/* A SYN on a connection that ended: the client uses its port again, for a new one. */
+/* What the other direction has sent. */
+static __always_inline __u8 opposite_state(const struct connection *connection)
+{
+	struct connection *pair;
+	struct flow key;
+
+	reverse(&key, &connection->to);
+	pair = find_connection(&key);
+	return pair ? pair->state : STATE_RST; /* half a connection is none */
+}
+
+/* A SYN on a connection that either end has closed: the client uses its port again, for a new one. */
 static __always_inline bool is_reopened(const struct connection *connection, const struct packet *p)
 {
-	return p->flow.protocol == IPPROTO_TCP &&
-	       (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && is_closed(connection);
+	if (p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+		return false;
+	return is_closed(connection) || opposite_state(connection) & (STATE_FIN | STATE_RST);
+}
+
+/* Whether neither end sends any more; one that has only closed its own direction may still. */
+static __always_inline bool is_over(const struct connection *connection)
+{
+	__u8 other = opposite_state(connection);
+
+	return (connection->state | other) & STATE_RST || connection->state & other & STATE_FIN;
 }
 
 struct creation {
@@ -152,11 +172,14 @@ struct creation {
 	struct connection value;
 };
 
-/* Write the entry of the answers. -ERROR_EXIST: another connection has this key. */
-__noinline int claim_answers(struct creation *c, const struct flow *original, const struct flow *to)
+/* Write the entry of the answers. -ERROR_EXIST: another connection has this key. `take`: one that is
+ * over gives way, though the backend may remember it for a while (TIME_WAIT). */
+__noinline int claim_answers(struct creation *c, const struct flow *original, const struct flow *to,
+			     bool take)
 {
 	void *map = current_map(&connections);
 	struct connection *other;
+	struct flow old;
 	int error;
 
 	if (!c || !original || !to || !map)
@@ -169,13 +192,20 @@ __noinline int claim_answers(struct creation *c, const struct flow *original, co
 	if (error != -ERROR_EXIST)
 		return error;
 	other = bpf_map_lookup_elem(map, &c->key);
-	if (!other || (!is_closed(other) && __builtin_memcmp(&other->to, &c->value.to, sizeof(other->to))))
+	if (!other)
 		return -ERROR_EXIST;
+	if (__builtin_memcmp(&other->to, &c->value.to, sizeof(other->to))) {
+		if (!take || !is_over(other))
+			return -ERROR_EXIST;
+		reverse(&old, &other->to);
+		bpf_map_delete_elem(map, &old);
+	}
 	return bpf_map_update_elem(map, &c->key, &c->value, BPF_ANY);
 }
 
 /* Record that packets like `p` become `to` and answers the reverse. When `ports`, or when another
- * connection is in the way, `to` gets a source port of ours. 0, or the reason why it cannot be. */
+ * connection is in the way, `to` gets a source port of ours; what has none must do without. 0, or the
+ * reason why it cannot be. */
 static __always_inline enum reason create_connection(struct creation *c, const struct packet *p,
 						     struct flow *to, __u32 service, __u8 flags,
 						     bool ports)
@@ -191,14 +221,14 @@ static __always_inline enum reason create_connection(struct creation *c, const s
 	c->value.seen_s = now_seconds();
 	c->value.service = service;
 	c->value.flags = flags;
-	if (!ports)
-		error = claim_answers(c, &p->flow, to);
-	while (error == -ERROR_EXIST && tries < PORT_TRIES) {
+	if (!ports || p->kind != PACKET_FLOW)
+		error = claim_answers(c, &p->flow, to, false);
+	while (error == -ERROR_EXIST && tries < PORT_TRIES && p->kind == PACKET_FLOW) {
 		to->source_port = bpf_htons(first_port + (start + tries * 7) % port_count);
 		if (to->protocol == IPPROTO_ICMP || to->protocol == IPPROTO_ICMPV6)
 			to->destination_port = to->source_port;
 		c->value.flags |= CONNECTION_TRANSLATED;
-		error = claim_answers(c, &p->flow, to);
+		error = claim_answers(c, &p->flow, to, tries >= PORT_TRIES / 2);
 		tries++;
 	}
 	if (error)

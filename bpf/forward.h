@@ -96,10 +96,10 @@ static __always_inline int to_this_node(struct __sk_buff *ctx)
 
 /* Straight into the pod, without the backlog queue. Only from tcx ingress. */
 static __always_inline int to_pod(struct __sk_buff *ctx, const struct packet *p,
-				  const struct endpoint *endpoint)
+				  const struct endpoint *endpoint, bool martian)
 {
-	if (p->ttl <= 1)
-		return TCX_NEXT; /* the stack answers "time exceeded" */
+	if (p->ttl <= 1) /* the stack answers "time exceeded" */
+		return martian ? to_this_node(ctx) : TCX_NEXT;
 	if (decrement_ttl(ctx, p) || set_macs(ctx, &endpoint->mac, &endpoint->host_mac))
 		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
 	return bpf_redirect_peer(endpoint->interface, 0);
@@ -116,8 +116,17 @@ static __always_inline int to_neighbour(const struct bpf_fib_lookup *route)
 	return bpf_redirect_neigh(route->ifindex, &next, sizeof(next), 0);
 }
 
-/* By the routing table, past the stack. `from` is the interface the packet came in by. What is for
- * this node goes up the stack, by way of lo when the stack would take it for spoofed. */
+/* Whether segments that a large packet will be cut into are too long for the way out. */
+static __always_inline bool has_long_segments(struct __sk_buff *ctx, __u32 interface)
+{
+	__u32 mtu = 0;
+
+	return ctx->gso_size && bpf_check_mtu(ctx, interface, &mtu, 0, BPF_MTU_CHK_SEGS);
+}
+
+/* By the routing table, past the stack. `from` is the interface the packet came in by; LOOPBACK: this
+ * node sends it, which is no hop. What is for this node, and what the stack must cut or send an error
+ * about, goes up the stack, by way of lo when the stack would take it for spoofed. */
 static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *p, __u32 from,
 				    bool martian)
 {
@@ -131,19 +140,16 @@ static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
 		break;
 	case BPF_FIB_LKUP_RET_NOT_FWDED:
-		return martian ? to_this_node(ctx) : TCX_NEXT;
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		if (!martian)
-			return TCX_NEXT; /* the stack fragments, or tells the sender */
-		return drop(ctx, REASON_TOO_BIG, &p->flow);
+		return martian ? to_this_node(ctx) : TCX_NEXT;
 	default:
 		if (!martian)
 			return TCX_NEXT;
 		return drop(ctx, REASON_NO_ROUTE, &p->flow);
 	}
-	if (p->ttl <= 1)
-		return TCX_NEXT;
-	if (decrement_ttl(ctx, p))
+	if ((p->ttl <= 1 && from != LOOPBACK) || has_long_segments(ctx, route.ifindex))
+		return martian ? to_this_node(ctx) : TCX_NEXT;
+	if (from != LOOPBACK && decrement_ttl(ctx, p))
 		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
 	count(REASON_FORWARDED);
 	if (found == BPF_FIB_LKUP_RET_NO_NEIGH)

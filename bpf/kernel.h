@@ -26,6 +26,9 @@
 #define AF_INET6 10
 #define LOOPBACK 1 /* the interface index of lo in every network namespace */
 
+#define PACKET_HOST 0 /* of the link's packets, those for this node */
+#define VLAN_ID 0xfff
+
 #define TCX_NEXT (-1)
 #define TCX_PASS 0
 #define TCX_DROP 2

@@ -45,6 +45,7 @@ enum packet_kind {
 	PACKET_ICMP_ERROR, /* quotes another packet */
 	PACKET_OTHER, /* a flow without ports */
 	PACKET_FOREIGN, /* not IP: ARP and the like */
+	PACKET_CUT, /* TCP that ends behind its ports: only a quote may */
 	PACKET_BROKEN,
 };
 
@@ -81,8 +82,10 @@ __noinline int parse_icmp(CONTEXT *ctx, struct packet *p)
 	if (!p)
 		return 0;
 	p->kind = PACKET_OTHER;
-	if (p->fragment == FRAGMENT_LATER)
+	if (p->fragment == FRAGMENT_LATER) {
+		p->kind = PACKET_FLOW; /* most likely of a long echo */
 		return 0;
+	}
 	if (load_bytes(ctx, p->transport, &icmp, sizeof(icmp))) {
 		p->kind = PACKET_BROKEN;
 		return 0;
@@ -121,14 +124,17 @@ static __always_inline void parse_transport(CONTEXT *ctx, struct packet *p)
 	p->kind = PACKET_FLOW;
 	if (p->fragment == FRAGMENT_LATER)
 		return;
-	if (load(ctx, p->transport, &ports) ||
-	    (protocol == IPPROTO_TCP && load(ctx, p->transport + 12, &offset_and_flags))) {
+	if (load(ctx, p->transport, &ports)) {
 		p->kind = PACKET_BROKEN;
 		return;
 	}
 	p->flow.source_port = ports.source;
 	p->flow.destination_port = ports.destination;
 	if (protocol == IPPROTO_TCP) {
+		if (load(ctx, p->transport + 12, &offset_and_flags)) {
+			p->kind = PACKET_CUT;
+			return;
+		}
 		p->tcp_flags = bpf_ntohs(offset_and_flags);
 		p->checksum = p->transport + 16;
 	} else if (protocol == IPPROTO_UDP) {
@@ -161,6 +167,12 @@ static __always_inline void parse_ipv4(CONTEXT *ctx, struct packet *p)
 
 #define IPV6_EXTENSIONS 6
 
+static __always_inline bool is_extension(__u8 protocol)
+{
+	return protocol == IPPROTO_HOPOPTS || protocol == IPPROTO_ROUTING ||
+	       protocol == IPPROTO_DSTOPTS || protocol == IPPROTO_FRAGMENT || protocol == IPPROTO_AH;
+}
+
 __noinline int parse_ipv6(CONTEXT *ctx, struct packet *p)
 {
 	struct ipv6hdr ip;
@@ -178,10 +190,14 @@ __noinline int parse_ipv6(CONTEXT *ctx, struct packet *p)
 	p->ttl = ip.hop_limit;
 	__builtin_memcpy(&p->flow.source, &ip.saddr, 16);
 	__builtin_memcpy(&p->flow.destination, &ip.daddr, 16);
+	/* no map could tell them from IPv4, and nobody may send them (RFC 4291, 2.5.5.2) */
+	if (is_ipv4(&p->flow.source) || is_ipv4(&p->flow.destination)) {
+		p->kind = PACKET_BROKEN;
+		return 0;
+	}
 	next = ip.nexthdr;
 	for (int i = 0; i < IPV6_EXTENSIONS; i++) {
-		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
-		    next != IPPROTO_FRAGMENT && next != IPPROTO_AH)
+		if (!is_extension(next))
 			break;
 		if (load_bytes(ctx, at, &extension, sizeof(extension))) {
 			p->kind = PACKET_BROKEN;
@@ -202,6 +218,10 @@ __noinline int parse_ipv6(CONTEXT *ctx, struct packet *p)
 		next = extension.next;
 		if (p->fragment == FRAGMENT_LATER)
 			break;
+	}
+	if (is_extension(next) && p->fragment != FRAGMENT_LATER) {
+		p->kind = PACKET_BROKEN; /* nobody needs so many but to hide what follows */
+		return 0;
 	}
 	p->flow.protocol = next;
 	p->transport = at;

@@ -101,6 +101,8 @@ static __always_inline int rewrite_sctp(CONTEXT *ctx, struct packet *p, const st
 	/* the checksum of a fragment covers bytes that are elsewhere */
 	if (p->fragment != FRAGMENT_NONE || load_bytes(ctx, p->transport + 8, &sum, 4))
 		return -1;
+	if (!sum)
+		return 0; /* of a local socket: whoever sends it on the wire fills it in */
 	difference = (__u32)(p->flow.source_port ^ to->source_port) |
 		     (__u32)(p->flow.destination_port ^ to->destination_port) << 16;
 	sum ^= crc32c_change(difference, p->length);

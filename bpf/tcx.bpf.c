@@ -70,7 +70,7 @@ static __always_inline int send(struct __sk_buff *ctx, const struct packet *p, e
 		return new_destination ? by_route(ctx, p, LOOPBACK, true) : TCX_NEXT;
 	endpoint = find_endpoint(&p->flow.destination);
 	if (endpoint)
-		return to_pod(ctx, p, endpoint);
+		return to_pod(ctx, p, endpoint, new_source);
 	if (new_source || (with_pods && place == PLACE_POD))
 		return by_route(ctx, p, ctx->ifindex, new_source);
 	return TCX_NEXT;
@@ -132,23 +132,48 @@ static __always_inline bool is_shadowed(struct work *w)
 	return find_connection(&w->creation.key);
 }
 
-/* Tell the client that its packet is refused. */
+/* Neighbour discovery is for those on the link and for nobody behind it: what a pod sends further is
+ * judged as any other packet. */
+static __always_inline bool is_neighbour_discovery(struct __sk_buff *ctx, const struct packet *p,
+						   enum place place)
+{
+	struct bpf_fib_lookup route;
+
+	if (p->ipv4 || p->icmp_type < ICMPV6_ROUTER_SOLICITATION || p->icmp_type > ICMPV6_REDIRECT)
+		return false;
+	return place != PLACE_POD || is_link_local(&p->flow.destination) ||
+	       find_route(ctx, &route, &p->flow, ctx->ifindex, FIB_LOOKUP_SKIP_NEIGH) ==
+		       BPF_FIB_LKUP_RET_NOT_FWDED;
+}
+
+/* Tell the client that its packet is refused; never about a reset or a later fragment (RFC 1122). */
 __noinline int reject(struct __sk_buff *ctx, struct work *w, int place)
 {
 	if (!w)
 		return TCX_DROP;
+	if (w->packet.tcp_flags & TCP_RST || w->packet.fragment == FRAGMENT_LATER)
+		return drop(ctx, REASON_REJECTED, &w->packet.flow);
 	return refuse(ctx, &w->packet, &w->refusal, place == PLACE_NODE);
 }
 
-/* An ICMP error: what it says of a translated packet is translated back. */
+/* An ICMP error: what it says of a translated packet is translated back. One that quotes a packet of no
+ * connection is judged as any other packet: it could carry anything. */
 __noinline int pass_error(struct __sk_buff *ctx, struct work *w, int place)
 {
+	bool tracked;
 	int error = 0;
 
 	if (!w)
 		return TCX_DROP;
-	if (!translate_error(ctx, &w->packet, &w->inner, &w->to, &error))
-		return TCX_NEXT; /* about nothing that was translated */
+	switch (translate_error(ctx, &w->packet, &w->inner, &w->to, &error)) {
+	case QUOTED_UNKNOWN:
+		w->to = w->packet.flow;
+		return with_policy && !is_permitted(ctx, w, place, &tracked) ? TCX_DROP : TCX_NEXT;
+	case QUOTED_UNCHANGED:
+		return TCX_NEXT;
+	case QUOTED_TRANSLATED:
+		break;
+	}
 	if (error)
 		return drop(ctx, REASON_WRITE_FAILED, &w->packet.flow);
 	return send(ctx, &w->packet, place, true, true);
@@ -174,6 +199,8 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 	if (!w)
 		return TCX_DROP;
 	p = &w->packet;
+	if (place != PLACE_NODE && (is_loopback(&p->flow.source) || is_multicast(&p->flow.source)))
+		return drop(ctx, REASON_SPOOFED, &p->flow);
 	w->to = p->flow;
 	w->choice.masquerade = false;
 	w->choice.service = 0;
@@ -247,7 +274,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return TCX_NEXT;
 	p = &w->packet;
 	parse(ctx, p);
-	if (p->kind == PACKET_BROKEN)
+	if (p->kind == PACKET_BROKEN || p->kind == PACKET_CUT)
 		return drop(ctx, REASON_BROKEN, &p->flow);
 	if (place == PLACE_POD && (with_pods || with_policy) && !is_honest(ctx, p, pod))
 		return drop(ctx, REASON_SPOOFED, &p->flow);
@@ -256,7 +283,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 	/* nobody but the node itself reaches what is served on 127.0.0.1 and ::1 (CVE-2020-8558) */
 	if (place != PLACE_NODE && is_loopback(&p->flow.destination))
 		return drop(ctx, REASON_SPOOFED, &p->flow);
-	if (!p->ipv4 && p->icmp_type >= ICMPV6_ROUTER_SOLICITATION && p->icmp_type <= ICMPV6_REDIRECT)
+	if (is_neighbour_discovery(ctx, p, place))
 		return TCX_NEXT;
 	if (p->fragment != FRAGMENT_NONE && p->kind == PACKET_FLOW && !complete_fragment(p))
 		return address_flags(&p->flow.destination) & ~ADDRESS_NODE || with_policy ?
@@ -266,7 +293,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return pass_error(ctx, w, place);
 	neighbour = pod ? find_plain_neighbour(p, pod) : NULL;
 	if (neighbour && !has_local_entries())
-		return to_pod(ctx, p, neighbour);
+		return to_pod(ctx, p, neighbour, false);
 	connection = find_connection(&p->flow);
 	if (connection && is_reopened(connection, p)) {
 		reverse(&w->to, &connection->to);
@@ -275,7 +302,8 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		connection = NULL;
 	}
 	if (!connection)
-		return neighbour && !is_shadowed(w) ? to_pod(ctx, p, neighbour) : begin(ctx, w, place);
+		return neighbour && !is_shadowed(w) ? to_pod(ctx, p, neighbour, false) :
+						      begin(ctx, w, place);
 	touch(connection, p);
 	if (!(connection->flags & CONNECTION_TRANSLATED))
 		return send(ctx, p, place, false, false);
@@ -289,9 +317,13 @@ int from_pod(struct __sk_buff *ctx)
 	return walk(ctx, PLACE_POD);
 }
 
+/* What the link carries for others (a capture makes it promiscuous), and what belongs to a VLAN of the
+ * interface, whose own device sees it next, is not for us. */
 SEC("tc")
 int from_network(struct __sk_buff *ctx)
 {
+	if (ctx->pkt_type != PACKET_HOST || (ctx->vlan_present && ctx->vlan_tci & VLAN_ID))
+		return TCX_NEXT;
 	return walk(ctx, PLACE_NETWORK);
 }
 

@@ -12,7 +12,7 @@ from podwire.kernel import netns
 from podwire.kernel.bpf import features
 from podwire.net import Protocol
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, REMOTE, World
+from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, REMOTE, UPLINK_MAC, World
 from tests.kernel.test_ebpf_services import VIP, make_port, make_table
 
 pytestmark = [
@@ -23,6 +23,7 @@ if os.geteuid() == 0 and features.missing():
     pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
 
 NEXT, DROP, REDIRECT = 0xFFFFFFFF, 2, 7
+ENDS = {"pod1": (HOST_MAC[1], MAC[1]), "pod2": (HOST_MAC[2], MAC[2]), "up0": UPLINK_MAC}
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,12 @@ def no_connections(world):
 def run(world, packet, link="pod1"):
     """``(verdict, IP packet)``."""
     kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
-    host, pod = (bytes.fromhex(m[1].replace(":", "")) for m in (HOST_MAC, MAC))
+    host, peer = (bytes.fromhex(text.replace(":", "")) for text in ENDS[link])
     context = bytearray(192)
     struct.pack_into("=I", context, 40, world.ifindex(link))  # __sk_buff.ifindex
 
     def body():
-        frame = host + pod + struct.pack(">H", kind) + packet
+        frame = host + peer + struct.pack(">H", kind) + packet
         return world.programs.program("from_network").test_run(frame, context=bytes(context))
 
     done = netns.call(world.spaces["node"], body)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from podwire.datapath.ebpf.layout import COLLECT, CONNECTION, FLOW, NUMBER, CollectMode, unmapped
+from podwire.datapath.ebpf.layout import (
+    COLLECT,
+    CONNECTION,
+    FLOW,
+    NUMBER,
+    CollectMode,
+    mapped,
+    unmapped,
+)
 from podwire.net import Address
 
 if TYPE_CHECKING:
@@ -64,6 +72,7 @@ class Connections:
 
         Raises KernelError when the kernel refuses a larger table; the present one goes on.
         """
+        self._finish_move()
         done = self.expire()
         if 4 * self.held > 3 * self.capacity and self.capacity < self._most:
             self.limit = self.capacity
@@ -83,24 +92,23 @@ class Connections:
         larger = growing.make(capacity)
         outer.update(_RETIRING, NUMBER.pack(growing.map.fd))
         old = growing.exchange(larger)
-        self._run("collect", CollectMode.MOVE)
-        outer.delete(_RETIRING)
+        self._finish_move()
         old.close()
+
+    def _finish_move(self) -> None:
+        """Empty the smaller table: of this process, or of one that ended in the middle."""
+        outer = self._programs.maps["connections"]
+        if outer.lookup(_RETIRING) is not None:
+            self._run("collect", CollectMode.MOVE)
+            outer.delete(_RETIRING)
 
     def forget(self, members: Sequence[bytes]) -> Collected:
         """End UDP flows to these backends (keys of the `members` map, local 0)."""
-        doomed = self._programs.maps["doomed"]
-        size = doomed.info.max_entries
-        total = Collected(0, 0, 0)
-        for start in range(0, len(members), size):
-            part = members[start : start + size]
-            doomed.update_batch((member, b"\1") for member in part)
-            try:
-                done = self._run("collect", CollectMode.DOOMED)
-            finally:
-                doomed.delete_batch(part)
-            total = Collected(done.walked, total.removed + done.removed, total.failed + done.failed)
-        return total
+        return self._run_on("doomed", members, CollectMode.DOOMED)
+
+    def forget_addresses(self, addresses: Sequence[Address]) -> Collected:
+        """End all connections of pods that had these addresses: others may have them next."""
+        return self._run_on("departed", list(map(mapped, addresses)), CollectMode.DEPARTED)
 
     def clear(self) -> None:
         """Forget all connections; those through Services end."""
@@ -111,6 +119,21 @@ class Connections:
         """What packets look like and what they become, both directions of every connection."""
         for key, value in self._programs.growing["connections"].map.items():
             yield read_flow(key), read_flow(CONNECTION.unpack(value)[0])
+
+    def _run_on(self, name: str, keys: Sequence[bytes], mode: CollectMode) -> Collected:
+        """Run with `keys` in the map `name`, as many at a time as it takes."""
+        named = self._programs.maps[name]
+        size = named.info.max_entries
+        total = Collected(0, 0, 0)
+        for start in range(0, len(keys), size):
+            part = keys[start : start + size]
+            named.update_batch((key, b"\1") for key in part)
+            try:
+                done = self._run("collect", mode)
+            finally:
+                named.delete_batch(part)
+            total = Collected(done.walked, total.removed + done.removed, total.failed + done.failed)
+        return total
 
     def _run(self, program: str, mode: CollectMode) -> Collected:
         request = COLLECT.pack(mode, ESTABLISHED_S, DATAGRAM_S, 0, 0, 0)

@@ -45,6 +45,7 @@ class CollectMode(IntEnum):
     EXPIRE = 0
     DOOMED = 1
     MOVE = 2
+    DEPARTED = 3
 
 
 class FrontendFlag(IntFlag):

@@ -20,6 +20,7 @@ from podwire.datapath.ebpf.layout import (
     EndpointFlag,
     InterfaceFlag,
     mapped,
+    unmapped,
 )
 from podwire.datapath.ebpf.programs import Programs, netns_cookie
 from podwire.errors import KernelError
@@ -90,9 +91,13 @@ class EbpfPods:
         value = ENDPOINT.pack(
             pod.ifindex, pod.mac, pod.host_mac, EndpointFlag.PLAIN if plain else 0
         )
-        self._programs.maps["endpoints"].update_batch(
-            (mapped(address), value) for address in pod.addresses
+        endpoints = self._programs.maps["endpoints"]
+        self._forget(
+            address
+            for address in pod.addresses
+            if _interface(endpoints.lookup(mapped(address))) != pod.ifindex
         )
+        endpoints.update_batch((mapped(address), value) for address in pod.addresses)
 
     def remove(self, ifindex: int) -> None:
         """The pod is gone, or going."""
@@ -100,6 +105,7 @@ class EbpfPods:
         if pod:
             endpoints = self._programs.maps["endpoints"]
             endpoints.delete_batch([mapped(address) for address in pod.addresses])
+            self._forget(pod.addresses)
             self._programs.maps["interfaces"].delete(NUMBER.pack(ifindex))
             self._programs.namespaces.pop(ifindex, None)
             cookie = self._cookies.pop(ifindex, 0)
@@ -115,6 +121,7 @@ class EbpfPods:
             pod = wanted.get(ifindex)
             if pod is None or key not in map(mapped, pod.addresses):
                 endpoints.delete(key)
+                self._forget([unmapped(key)])
         for ifindex in [i for i in self._links if i not in wanted]:
             self.remove(ifindex)
         for pod in wanted.values():
@@ -122,6 +129,11 @@ class EbpfPods:
                 self.add(pod)
             except KernelError as error:  # the others are not held up
                 log.error("pod behind interface %d is not served: %s", pod.ifindex, error)
+
+    def _forget(self, addresses: Iterable[Address]) -> None:
+        """End connections of who had these addresses: they are nothing to who has them next."""
+        with self._programs.lock:
+            self._programs.connections.forget_addresses(list(addresses))
 
 
 def write_interface(
@@ -161,6 +173,10 @@ def set_plain(programs: Programs, ifindex: int, addresses: Iterable[Address], pl
                 value = ENDPOINT.pack(*ENDPOINT.unpack(held)[:3], EndpointFlag.PLAIN * plain)
                 endpoints.update(address, value)
     return was
+
+
+def _interface(endpoint: bytes | None) -> int:
+    return ENDPOINT.unpack(endpoint)[0] if endpoint else 0
 
 
 def _both(addresses: Iterable[Address]) -> tuple[bytes, bytes]:

@@ -227,6 +227,7 @@ class Programs:
             for name in list(self._links):
                 if self._links[name].info.target == 0:
                     self._detach(name)
+                    self._forget_pod(name)
             new = [index for index in present if not any(self._names(index))]
             for index in new:
                 try:
@@ -251,6 +252,13 @@ class Programs:
             held = self.maps["settings"].lookup(NUMBER.pack(0)) or bytes(SETTINGS.size)
             settings = (*SETTINGS.unpack(held)[:-1], checked)
             self.maps["settings"].update(NUMBER.pack(0), SETTINGS.pack(*settings))
+
+    def _forget_pod(self, name: str) -> None:
+        """The interface of a pod's link is gone; what gets its index next is no pod."""
+        program, index, *_ = name.split("-")
+        if program == "from_pod":
+            self._pods.discard(int(index))
+            self.maps["interfaces"].delete(NUMBER.pack(int(index)))
 
     def dump_links(self) -> dict[int, links.Link]:
         """The interfaces of the node's namespace, by index."""
