@@ -30,7 +30,7 @@ if os.geteuid() == 0 and features.missing():
     pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
 
 ROOM = {
-    "endpoints": 5, "affinities": 10, "connections": 128, "rulings": 4, "doomed": 2, "prefixes": 6,
+    "endpoints": 5, "affinities": 10, "connections": 128, "rulings": 4, "doomed": 2, "prefixes": 8,
 }  # fmt: skip
 
 
@@ -150,11 +150,11 @@ def test_a_table_that_the_kernel_refused_is_written_whole_the_next_time(world):
     world.serve("pod1", POD[1][4], 80)
     table = make_table([make_port("web", 80, [POD[1][4]], family=4, protocol=Protocol.TCP)])
     prefixes = world.programs.maps["prefixes"]
-    for number in range(3):
+    for number in range(4):
         prefixes.update(mapped_key(number), bytes(4))
-    with pytest.raises(KernelError, match="map prefixes is full: it has room for 6 entries"):
+    with pytest.raises(KernelError, match="map prefixes is full: it has room for 8 entries"):
         world.part.apply(table)
-    for number in range(3):
+    for number in range(4):
         prefixes.delete(mapped_key(number))
     world.part.apply(table)
     assert world.ask("pod2", VIP[4], 80, socket.SOCK_STREAM)[0] == POD[1][4]

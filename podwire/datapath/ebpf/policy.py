@@ -32,6 +32,7 @@ from podwire.kernel import link as links
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address, Protocol, range_to_prefixes
 from podwire.policy import Endpoint, PolicyTable, Verdict
+from podwire.policy.model import Key
 from podwire.policy.rulesets import RuleSet
 from podwire.policy.tags import TagIndex, tag
 from podwire.policy.verdicts import Outcome, Verdicts
@@ -124,6 +125,8 @@ class PolicyPart:
         self._attach(each for each in changed if _is_judged(each))
         _write(growing["subjects"], *subjects)
         self._attach(each for each in changed if not _is_judged(each))
+        if "pods" not in self._programs.features:  # else those who know the pods' links do it
+            self.connections.forget_addresses(_moved(delta.endpoints, old, table))
         _delete(growing["subjects"], *subjects)
         _delete(growing["tags"], *tags)
         _delete(growing["identities"], *identities)
@@ -270,6 +273,15 @@ def _meanings(tags: Mapping[int, int]) -> dict[bytes, bytes]:
     return {NUMBER.pack(each): NUMBER.pack(identity) for each, identity in tags.items()}
 
 
+def _moved(pods: Iterable[Key], old: PolicyTable, new: PolicyTable) -> list[Address]:
+    """Addresses that came to a pod, or left it."""
+    out: set[Address] = set()
+    for pod in pods:
+        before, after = old.endpoints.get(pod), new.endpoints.get(pod)
+        out |= set(before.addresses if before else ()) ^ set(after.addresses if after else ())
+    return list(out)
+
+
 def _exact(table: PolicyTable, addresses: Iterable[Address]) -> dict[bytes, bytes]:
     return {
         PREFIX_KEY.pack(160, mapped(address)): NUMBER.pack(table.addresses[address])
@@ -279,8 +291,12 @@ def _exact(table: PolicyTable, addresses: Iterable[Address]) -> dict[bytes, byte
 
 
 def _identities(table: PolicyTable) -> dict[bytes, bytes]:
-    """Exact addresses, and the intervals cut into prefixes: the longest match is the one."""
-    out: dict[bytes, bytes] = {}
+    """Exact addresses, and the intervals cut into prefixes: the longest match is the one.
+
+    IPv4 lies inside ::/0 as maps write it; what is said of IPv6 must not hold for it.
+    """
+    ipv4 = PREFIX_KEY.pack(32 + mapped_length(bytes(4), 0), mapped(bytes(4)))
+    out: dict[bytes, bytes] = {ipv4: NUMBER.pack(_ANYBODY)}
     for first, last, identity in table.intervals:
         size = len(first)
         pieces = range_to_prefixes(

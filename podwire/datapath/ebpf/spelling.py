@@ -120,6 +120,8 @@ def members(port: ServicePort, lease: Lease) -> Iterator[tuple[bytes, bytes]]:
 def ranges(port: ServicePort, lease: Lease) -> Iterator[tuple[bytes, bytes]]:
     """Keys of the `ranges` map, with a value that says nothing."""
     for prefix in port.source_ranges or ():
+        if prefix.bits != (32 if port.name.family == 4 else 128):
+            continue  # ::/0 would hold for IPv4, too
         length = 32 + mapped_length(prefix.address, prefix.length)
         yield RANGE_KEY.pack(length, lease.service, mapped(prefix.address)), _PRESENT
 
@@ -153,6 +155,7 @@ def prefixes(settings: Settings) -> dict[bytes, PrefixFlag]:
     """The `prefixes` map: the longest match must carry the flags of those around it, too."""
     flagged = [(p, PrefixFlag.LOCAL_PODS) for p in settings.config.detect_local.prefixes]
     flagged += [(p, PrefixFlag.SERVICES) for p in settings.service_cidrs]
+    flagged.append((Prefix(bytes(4), 0), PrefixFlag(0)))  # or ::/0 would hold for IPv4, too
     out: dict[bytes, PrefixFlag] = {}
     for prefix, _ in flagged:
         flags = PrefixFlag(0)
