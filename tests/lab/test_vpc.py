@@ -7,16 +7,17 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from podwire.errors import PodwireError
 from podwire.lab import connect, manifests, teardown
 from podwire.lab.cluster import Lab, ask_unix
 from podwire.lab.state import LabDir
 from podwire.net import parse_address, parse_prefix
+from tests.lab.conftest import wait_for
 
 PODS = """
 apiVersion: v1
@@ -97,13 +98,6 @@ def seen(lab: Lab, source: str, address: str, port: int = 80) -> dict[str, Any]:
 
 def client(answer: dict[str, Any]) -> str:
     return str(answer.get("client", "")).rpartition(":")[0].strip("[]")
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "not in time"
-        time.sleep(0.1)
 
 
 def test_pods_have_addresses_of_the_vpc_on_several_enis(lab: Lab) -> None:
@@ -249,7 +243,7 @@ def test_an_agent_that_is_killed_keeps_pods_and_addresses(lab: Lab) -> None:
     def same() -> bool:
         try:
             return pods_of(lab) == before
-        except Exception:
+        except PodwireError:  # the agent is not there yet
             return False
 
     wait_for(same)

@@ -39,8 +39,9 @@ def test_nests_and_strings() -> None:
 
 @given(st.binary(max_size=64))
 def test_damaged_attributes_end_the_walk(data: bytes) -> None:
-    netlink.attributes(data)
-    list(netlink.each_attribute(data))
+    walked = list(netlink.each_attribute(data))
+    assert sum(len(payload) for _, payload in walked) <= len(data)
+    assert netlink.attributes(data) == dict(walked)
 
 
 def addresses(size: int) -> st.SearchStrategy[bytes]:
