@@ -41,29 +41,24 @@ def run(cases: Path, datapath: str) -> Iterable[CaseResult]:
     if datapath == "evaluator":
         yield from _run(cases, Evaluator)
         return
-    from tests.conformance.netpol_packets import BALANCED, DATAPATHS, Lab, PacketBackend
+    from tests.conformance.netpol_packets import DATAPATHS, Lab, PacketBackend
 
     if datapath not in DATAPATHS:
         raise SystemExit(f"no data path {datapath!r}: evaluator, {', '.join(DATAPATHS)}")
     lab = Lab(datapath)
     try:
-        services = datapath in BALANCED
-        yield from _run(cases, lambda world: PacketBackend(world, lab), services=services)
+        yield from _run(cases, lambda world: PacketBackend(world, lab))
     finally:
         lab.close()
 
 
-def _run(
-    cases: Path, backend: Callable[[World], Backend], *, services: bool = True
-) -> Iterator[CaseResult]:
+def _run(cases: Path, backend: Callable[[World], Backend]) -> Iterator[CaseResult]:
     for path in sorted([*cases.rglob("*.yaml"), *cases.rglob("*.yml")]):
         name = path.stem
         try:
             case = _load(path)
             name = str(case.get("id", path.stem))
             match case.get("kind"):
-                case "reachability" if case["topology"].get("services") and not services:
-                    yield CaseResult(name, "skipped", "no Services beside this data path here")
                 case "reachability":
                     yield _reachability(name, case, backend)
                 case "validation":

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from podwire.datapath import Part
+from podwire.datapath.ebpf.policy import PolicyPart as EbpfPolicyPart
+from podwire.datapath.ebpf.services import ServicesPart as EbpfServicesPart
 from podwire.datapath.nftables.services import ServicesPart
 from podwire.kernel.iptables import Flavour
-from podwire.kube.store import ChangeSet
+from podwire.kube.store import ChangeSet, Store
 from podwire.policy import PolicyCompiler, PolicyTable
-from podwire.services import NodeFacts, ProxyConfig, ServiceCompiler
+from podwire.services import NodeFacts, ProxyConfig, ServiceCompiler, ServiceTable
 from tests.conformance.netpol_fabric import BRIDGE, Fabric
 from tests.conformance.netpol_probes import Attempt, Prober
 from tests.conformance.netpol_world import Probe, World
@@ -23,9 +25,7 @@ def _nftables(netns_fd: int, bridge: str | None) -> Part[PolicyTable]:
 
 
 def _ebpf(netns_fd: int, bridge: str | None) -> Part[PolicyTable]:
-    from podwire.datapath.ebpf.policy import PolicyPart
-
-    return PolicyPart(netns_fd)
+    return EbpfPolicyPart(netns_fd)
 
 
 def _iptables(flavour: Flavour | None) -> Callable[[int, str | None], Part[PolicyTable]]:
@@ -44,8 +44,6 @@ DATAPATHS: dict[str, Callable[[int, str | None], Part[PolicyTable]]] = {
 
 
 _PROXY = ProxyConfig()
-BALANCED = ("nftables", "iptables", "iptables-nft", "iptables-legacy")
-"""Data paths with Services beside them in this suite."""
 
 
 class Lab:
@@ -71,6 +69,13 @@ class Lab:
             part.start()
         return self.parts[place.fd]
 
+    def services(self, node: str) -> Part[ServiceTable]:
+        """On nftables, the same for every data path of policies that netfilter has; or on eBPF."""
+        part = self.part(node)
+        if isinstance(part, EbpfPolicyPart):
+            return EbpfServicesPart(_PROXY, programs=part._programs)
+        return ServicesPart(_PROXY, self.fabric.nodes[node].fd)
+
     def close(self) -> None:
         for fd in list(self.parts):
             self._leaving(fd)
@@ -85,7 +90,7 @@ class PacketBackend:
         self._world, self._lab = world, lab
         self._compilers = {node: PolicyCompiler(node) for node in world.nodes}
         self._attached: dict[str, dict[tuple[str, str], Any]] = {node: {} for node in world.nodes}
-        self._services: dict[str, tuple[ServiceCompiler, ServicesPart]] = {}
+        self._services: dict[str, tuple[ServiceCompiler, Part[ServiceTable]]] = {}
 
     def update(self) -> None:
         """Bring namespaces and data paths to where the world is."""
@@ -108,10 +113,9 @@ class PacketBackend:
                 self._balance(node, changes)
 
     def _balance(self, node: str, changes: ChangeSet) -> None:
-        """Services on nftables, the same for every data path of policies that netfilter has."""
         place = self._lab.fabric.nodes[node]
         if node not in self._services:
-            part = ServicesPart(_PROXY, place.fd)
+            part = self._lab.services(node)
             part.start()
             compiler = ServiceCompiler(NodeFacts(node, place.addresses), _PROXY)
             self._services[node] = (compiler, part)
@@ -175,5 +179,9 @@ class PacketBackend:
         return f"node:{pod['node']}" if pod and pod.get("hostNetwork") else endpoint
 
     def close(self) -> None:
-        for _, part in self._services.values():
-            part.cleanup()
+        nothing = Store().take()
+        for node, (_, part) in self._services.items():
+            if isinstance(part, EbpfServicesPart):  # policies have the same programs
+                part.apply(ServiceCompiler(NodeFacts(node), _PROXY).update(nothing))
+            else:
+                part.cleanup()

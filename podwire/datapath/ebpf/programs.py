@@ -63,6 +63,7 @@ from podwire.nodes import OVERLAY_DEVICE
 
 OBJECTS = Path(__file__).resolve().parents[2] / "built" / "bpf"
 _LOOPBACK = 1
+_HAVE_PORTS = ("bridge", "bond", "team")
 _SO_NETNS_COOKIE = 71
 
 _GROWING = {  # name: kind, key and value size, entries to begin with
@@ -231,7 +232,7 @@ class Programs:
             new = [index for index in present if not any(self._names(index))]
             for index in new:
                 try:
-                    self._attach_interface(index)
+                    self._attach_interface(index, has_ports=present[index].kind in _HAVE_PORTS)
                 except KernelError as error:
                     if error.errno != errno.ENODEV:
                         raise
@@ -467,9 +468,10 @@ class Programs:
     def _has(self, program: str) -> bool:
         return any(program in loaded.programs for loaded in self._objects.values())
 
-    def _attach_interface(self, ifindex: int) -> None:
+    def _attach_interface(self, ifindex: int, *, has_ports: bool = False) -> None:
+        """What came in by a port was seen there; on the interface that has it, it looks new."""
         ingress = "from_pod" if ifindex in self._pods else "from_network"
-        if ifindex != _LOOPBACK:
+        if ifindex != _LOOPBACK and not has_ports:
             self._attach_tcx(ingress, ifindex, "ingress")
             for other in {"from_pod", "from_network"} - {ingress}:
                 self._detach(f"{other}-{ifindex}-ingress")
