@@ -14,7 +14,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aiohttp import ClientError, ClientSession, ClientTimeout, UnixConnector, web
+from aiohttp import (
+    ClientConnectorError,
+    ClientError,
+    ClientSession,
+    ClientTimeout,
+    UnixConnector,
+    web,
+)
 
 from podwire.errors import ApiError, PodwireError
 
@@ -49,7 +56,8 @@ class ControlServer:
             return await self._stream(request, self._streams[request.path])
         handler = self._handlers.get(request.path)
         if handler is None:
-            return web.json_response({"error": f"nothing answers {request.path} here"}, status=404)
+            what = f"nothing answers {request.path} here: this agent runs without that part"
+            return web.json_response({"error": what}, status=404)
         query = dict(request.query)
         if request.can_read_body:
             query["body"] = await request.text()
@@ -106,7 +114,7 @@ async def _ask(socket: Path, path: str, query: Query, body: str | None) -> Any:
             text = await response.text()
             status = response.status
     except (ClientError, OSError) as error:
-        raise ApiError(f"no agent answers at {socket}: {error}") from None
+        raise _silent(socket, error) from None
     try:
         answer = json.loads(text)
     except ValueError:
@@ -114,6 +122,13 @@ async def _ask(socket: Path, path: str, query: Query, body: str | None) -> Any:
     if status != 200:
         raise ApiError(answer.get("error", text), status=status)
     return answer
+
+
+def _silent(socket: Path, error: ClientError | OSError) -> ApiError:
+    cause = error.os_error if isinstance(error, ClientConnectorError) else error
+    why = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(cause)
+    hint = " (root is needed)" if isinstance(cause, PermissionError) else ""
+    return ApiError(f"no agent answers at {socket}: {why}{hint}")
 
 
 async def follow(socket: Path, path: str, query: Query) -> AsyncIterator[Any]:
@@ -129,4 +144,4 @@ async def follow(socket: Path, path: str, query: Query) -> AsyncIterator[Any]:
             async for line in response.content:
                 yield json.loads(line)
     except (ClientError, OSError) as error:
-        raise ApiError(f"no agent answers at {socket}: {error}") from None
+        raise _silent(socket, error) from None

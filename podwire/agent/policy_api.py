@@ -128,7 +128,11 @@ def _ends(
         return [End(text, one, node=name if source else None, port=port) for one in addresses]
     namespace, slash, name = text.partition("/")
     if not slash:
-        address = parse_address(text)
+        try:
+            address = parse_address(text)
+        except InvalidObject:
+            what = "neither an address nor a pod's NAMESPACE/NAME nor node:NAME"
+            raise InvalidObject(what, object=text) from None
         host = table.host(address)
         label = f"{text} ({_name(host)})" if host.kind != "world" else text
         node = host.name if source and host.kind == "node" else None

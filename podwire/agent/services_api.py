@@ -177,7 +177,11 @@ def resolve(store: Store, table: ServiceTable, query: Mapping[str, str]) -> dict
 
 def _destination(table: ServiceTable, text: str, protocol: Protocol, port: int) -> Address:
     if "/" not in text:
-        return parse_address(text)
+        try:
+            return parse_address(text)
+        except InvalidObject:
+            what = "neither an address nor a Service's NAMESPACE/NAME"
+            raise InvalidObject(what, object=text) from None
     namespace, name = text.split("/", 1)
     for key, found in table.ports.items():
         if (key.namespace, key.name, key.protocol) == (namespace, name, protocol):
@@ -204,7 +208,11 @@ def _source(store: Store, table: ServiceTable, text: str, size: int) -> tuple[Ad
         if pod is None or address is None:
             raise InvalidObject("no such pod, or no address of this family", object=f"Pod {text}")
         return address, pods if pod.spec.node_name == node.name else UPLINK
-    address = parse_address(text)
+    try:
+        address = parse_address(text)
+    except InvalidObject:
+        what = "neither an address nor a pod's NAMESPACE/NAME nor `node`"
+        raise InvalidObject(what, object=text) from None
     if address in node.addresses:
         return address, ""
     return address, pods if any(address in prefix for prefix in detect.prefixes) else UPLINK
