@@ -36,7 +36,7 @@ def main() -> int:
         terminal.print(terminal.paint(f"  {len(failed)} of {len(results)} proofs failed", "red"))
     else:
         terminal.print(terminal.paint(f"  all {len(results)} proofs hold", "green", "bold"))
-        terminal.print("  next: podwire lab up -f your-manifests/  leaves a lab running")
+        terminal.print("  next: .venv/bin/podwire lab up -f your-manifests/  leaves a lab running")
     return 1 if failed else 0
 
 
