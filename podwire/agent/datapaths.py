@@ -93,9 +93,7 @@ def _unfit(options: Options) -> str:
     """What of these options eBPF does not serve, or ""."""
     if options.parts != PARTS:
         return "pods of its own (--only)"
-    if options.wiring != "routed":
-        return "routed wiring (--wiring routed)"
-    return "direct routing (--routing direct)" if options.routing != "direct" else ""
+    return "routed wiring (--wiring routed)" if options.wiring != "routed" else ""
 
 
 def leftovers(options: Options) -> Iterator[tuple[str, str, Part[Any]]]:

@@ -44,6 +44,8 @@ def make_programs(options: Options) -> Programs:
     wanted = [word for part, word in words.items() if part in options.parts]
     if options.masquerade and "nodes" in options.parts:
         wanted.append("masquerade")
+    if options.routing == "vxlan" and "nodes" in options.parts:
+        wanted.append("overlay")
     programs.enable(*wanted)
     return programs
 

@@ -111,10 +111,10 @@ class Options:
                     parse_prefix(value)
                 except InvalidObject as error:
                     raise ConfigError(f"{flag}: {error}") from None
-        if self.datapath == "ebpf" and (self.routing != "direct" or self.wiring == "vpc"):
+        if self.datapath == "ebpf" and self.wiring == "vpc":
             raise ConfigError(
-                "--datapath ebpf serves direct routing between nodes: use --datapath nftables "
-                "with --routing vxlan or --wiring vpc"
+                "--datapath ebpf does not know the pods' ENIs: use --datapath nftables "
+                "with --wiring vpc"
             )
         if self.datapath == "ebpf" and self.wiring == "bridge":
             # delivery goes from link to link: there is no bridge on this data path

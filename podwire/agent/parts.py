@@ -31,6 +31,7 @@ from podwire.cni.plan import NodeConfig
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.datapath import Requirement
 from podwire.datapath.counts import CountsServices
+from podwire.datapath.ebpf.overlay import OverlayPart
 from podwire.datapath.ebpf.services import ServicesPart as EbpfServicesPart
 from podwire.datapath.ebpf.uplinks import Uplinks
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
@@ -164,12 +165,16 @@ def _add_nodes(built: Built, options: Options) -> None:
         "vxlan" if options.routing == "vxlan" else "direct",
         no_masquerade=[parse_prefix(text) for text in options.non_masquerade_cidrs],
     )
-    routes = NodeRoutes()
+    programs = built.datapath.programs
+    routes = NodeRoutes(guard=programs.sync_links) if programs is not None else NodeRoutes()
     sync = Sync("routes", (Node,), compiler.update, routes)
     built.syncs.append(sync)
     built.watchers.append(
         lambda loop: Watcher("routes", routes.concerns, lambda: loop.verify(sync))
     )
+    if programs is not None and options.routing == "vxlan":
+        tunnels = OverlayPart(programs)
+        built.syncs.append(Sync("overlay", (Node,), compiler.update, tunnels))
     if options.masquerade:
         part = built.datapath.nodes()
         built.syncs.append(Sync("masquerade", (Node,), compiler.update, part))

@@ -77,7 +77,7 @@ def test_nonsense_is_one_clear_error(tmp_path: Path, text: str) -> None:
         Options(wiring="wifi"),
         Options(nodeport_addresses=("10.0.0.0/33",)),
         Options(parts=("everything",)),
-        Options(datapath="ebpf", routing="vxlan"),
+        Options(datapath="ebpf", wiring="vpc"),
     ],
 )
 def test_flags_are_checked(options: Options) -> None:
