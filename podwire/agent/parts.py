@@ -38,6 +38,7 @@ from podwire.datapath.nftables.services import ServicesPart as NftablesServicesP
 from podwire.datapath.nftables.spoof import SpoofGuard
 from podwire.datapath.nftables.spoof_routed import RoutedSpoofGuard
 from podwire.datapath.nftables.vpc import VpcPart
+from podwire.datapath.policy import BRIDGE_REQUIREMENTS
 from podwire.ipam.vpc.settings import read_settings
 from podwire.kernel import sysctl
 from podwire.kube.objects import (
@@ -63,15 +64,6 @@ SERVICE_KINDS: tuple[Kind, ...] = (Node, Service, EndpointSlice, ServiceCIDR)
 FORWARDING = (
     Requirement("net.ipv4.ip_forward", "1", "the node routes for its pods"),
     Requirement("net.ipv6.conf.all.forwarding", "1", "the node routes for its pods"),
-)
-BRIDGE_NETFILTER = tuple(
-    Requirement(
-        f"net.bridge.bridge-nf-call-{family}tables",
-        "1",
-        "without it Services and policies between pods of one node are bypassed in silence",
-        module="br_netfilter",
-    )
-    for family in ("ip", "ip6")
 )
 
 
@@ -150,13 +142,13 @@ def build(options: Options, node: Node, datapath: DataPath) -> Built:
     if "cni" in options.parts:
         _add_cni(built, options, node, policy)
     elif built.datapath.programs is None and _bridges():
-        built.requirements += BRIDGE_NETFILTER  # somebody else's plugin may use a bridge
+        built.requirements += BRIDGE_REQUIREMENTS  # somebody else's plugin may use a bridge
     return built
 
 
 def _bridges() -> bool:
     """Whether bridged packets can meet netfilter here at all (br_netfilter)."""
-    return Path(sysctl.path(BRIDGE_NETFILTER[0].sysctl)).exists()
+    return Path(sysctl.path(BRIDGE_REQUIREMENTS[0].sysctl)).exists()
 
 
 def _add_nodes(built: Built, options: Options) -> None:
@@ -322,7 +314,7 @@ def _add_cni(
         built.watchers.append(lambda loop: vpc.watcher())
         built.tasks.append(lambda agent: vpc.run())
     if options.wiring == "bridge":
-        built.requirements += BRIDGE_NETFILTER
+        built.requirements += BRIDGE_REQUIREMENTS
 
 
 def _vpc_mode(options: Options) -> VpcMode:

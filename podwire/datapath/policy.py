@@ -8,7 +8,7 @@ BRIDGE_REQUIREMENTS = tuple(
     Requirement(
         f"net.bridge.bridge-nf-call-{family}tables",
         "1",
-        "without it policies between pods of one node are bypassed in silence",
+        "without it Services and policies between pods of one node are bypassed in silence",
         module="br_netfilter",
     )
     for family in ("ip", "ip6")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from podwire.errors import InvalidObject
-from podwire.kube.objects import EndpointHints, EndpointSlice
+from podwire.kube.objects import Endpoint, EndpointHints, EndpointSlice
 from podwire.net import Address, Protocol, parse_address
 from podwire.services.model import Backend, Family
 
@@ -73,34 +73,42 @@ def read_slice(slice_: EndpointSlice, node_name: str) -> SliceEndpoints | None:
     ]
     if not ports:
         return None
-    size = 4 if family == 4 else 16
     endpoints: list[tuple[Address, State]] = []
     bad: list[str] = []
     for endpoint in slice_.endpoints or ():
         if not endpoint.addresses:
             continue
-        try:
-            address = parse_address(endpoint.addresses[0])
-        except InvalidObject:
-            bad.append(str(endpoint.addresses[0]))
-            continue
-        if len(address) != size or _is_impossible(address):
-            bad.append(endpoint.addresses[0])
-            continue
-        conditions = endpoint.conditions
-        bits = (
-            (conditions.ready is not False) * READY
-            | (conditions.serving is not False) * SERVING
-            | (conditions.terminating is True) * TERMINATING
-            | (endpoint.node_name == node_name) * LOCAL
-        )
-        hints = endpoint.hints
-        endpoints.append((address, State(bits, hints) if hints else _STATES[bits]))
+        address = _usable(endpoint.addresses[0], family)
+        if address is None:
+            bad.append(repr(endpoint.addresses[0]))
+        else:
+            endpoints.append((address, _state(endpoint, node_name)))
     problem = ""
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        problem = f"endpoint addresses set aside: {', '.join(map(repr, bad[:3]))}{more}"
+        problem = f"endpoint addresses set aside: {', '.join(bad[:3])}{more}"
     return SliceEndpoints(family, endpoints, ports, problem)
+
+
+def _usable(text: str, family: Family) -> Address | None:
+    """The address; None where it is none, of the other family, or one that no endpoint may have."""
+    try:
+        address = parse_address(text)
+    except InvalidObject:
+        return None
+    fits = len(address) == (4 if family == 4 else 16)
+    return address if fits and not _is_impossible(address) else None
+
+
+def _state(endpoint: Endpoint, node_name: str) -> State:
+    conditions, hints = endpoint.conditions, endpoint.hints
+    bits = (
+        (conditions.ready is not False) * READY
+        | (conditions.serving is not False) * SERVING
+        | (conditions.terminating is True) * TERMINATING
+        | (endpoint.node_name == node_name) * LOCAL
+    )
+    return State(bits, hints) if hints else _STATES[bits]
 
 
 def _is_impossible(address: Address) -> bool:
