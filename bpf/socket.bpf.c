@@ -72,6 +72,23 @@ static __always_inline void write_remote(struct bpf_sock_addr *ctx, bool ipv4, c
 	ctx->user_port = r->port;
 }
 
+/* Who asks, for session affinity: the address that packets of the same client would bear, though the
+ * source is not chosen yet. A node without one is known by its namespace. */
+static __always_inline void name_client(struct address *client, const struct pod_namespace *pod, bool ipv4,
+					__u64 cookie)
+{
+	const struct settings *current = current_settings();
+
+	if (pod)
+		*client = pod->addresses[ipv4 ? 0 : 1];
+	else if (current)
+		*client = current->node[ipv4 ? 0 : 1];
+	if (!client->halves[0] && !client->halves[1]) {
+		client->halves[0] = cookie;
+		client->halves[1] = ~0ULL;
+	}
+}
+
 /* What `choose` says of a connection to `frontend`; `backend` is filled when it translates here. It is
  * counted as a connection if it is `new`. */
 static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, const struct remote *frontend,
@@ -95,11 +112,9 @@ static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, con
 	verdict = find_service(&flow, &found, &reason);
 	if (verdict != VERDICT_TRANSLATE || !found)
 		return verdict;
-	/* the source is not chosen yet; the namespace stands for the client */
-	client.halves[0] = cookie;
-	client.halves[1] = ~0ULL;
+	name_client(&client, pod, is_ipv4(&flow.destination), cookie);
 	verdict = choose(&flow, found, node ? ORIGIN_NODE : ORIGIN_POD, &client, &choice);
-	if (new && verdict == VERDICT_REJECT)
+	if (new && verdict == VERDICT_REJECT && flow.protocol != IPPROTO_UDP)
 		hit(&flow, found);
 	if (verdict != VERDICT_TRANSLATE)
 		return verdict;
@@ -127,6 +142,8 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool ipv4)
 	case VERDICT_TRANSLATE:
 		break;
 	case VERDICT_REJECT:
+		if (ctx->protocol == IPPROTO_UDP)
+			return 1; /* nothing is sent yet; what will be is refused by tcx */
 		bpf_set_retval(-ERROR_REFUSED);
 		return 0;
 	default:
@@ -149,15 +166,8 @@ static __always_inline int on_sendmsg(struct bpf_sock_addr *ctx, bool ipv4)
 	if (!address_flags(&frontend.address))
 		return 1;
 	last = bpf_map_lookup_elem(&datagrams, &key);
-	switch (choose_remote(ctx, &frontend, &backend, !last)) {
-	case VERDICT_TRANSLATE:
-		break;
-	case VERDICT_REJECT:
-		bpf_set_retval(-ERROR_REFUSED);
-		return 0;
-	default:
+	if (choose_remote(ctx, &frontend, &backend, !last) != VERDICT_TRANSLATE)
 		return 1;
-	}
 	if (last) {
 		struct flow flow = { .destination = frontend.address,
 				     .destination_port = frontend.port,
@@ -185,7 +195,9 @@ static __always_inline int on_recvmsg(struct bpf_sock_addr *ctx, bool ipv4)
 	struct remote *frontend;
 
 	read_remote(ctx, ipv4, &key.remote);
-	origin = ctx->sk ? bpf_sk_storage_get(&socket_origins, ctx->sk, NULL, 0) : NULL;
+	/* one that was disconnected (AF_UNSPEC) is no longer what it was led to */
+	origin = ctx->sk && ctx->sk->state == BPF_TCP_ESTABLISHED ?
+			 bpf_sk_storage_get(&socket_origins, ctx->sk, NULL, 0) : NULL;
 	if (origin && same_remote(&origin->backend, &key.remote)) {
 		write_remote(ctx, ipv4, &origin->frontend);
 		return 1;

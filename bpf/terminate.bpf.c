@@ -10,9 +10,10 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 
 struct sock_common {
 	unsigned short skc_family;
+	volatile unsigned char skc_state;
 } __attribute__((preserve_access_index));
 
-struct udp_sock;
+struct udp_sock; /* begins with a sock_common */
 
 struct bpf_iter__udp {
 	void *meta;
@@ -37,7 +38,10 @@ int terminate(struct bpf_iter__udp *ctx)
 
 	if (!socket)
 		return 0;
-	/* only those that a Service led there; who chose the address himself may wait for it */
+	/* only those that a Service led there, and that have not gone elsewhere since; who chose the
+	 * address himself may wait for it */
+	if (((struct sock_common *)socket)->skc_state != BPF_TCP_ESTABLISHED)
+		return 0;
 	origin = bpf_sk_storage_get(&socket_origins, socket, NULL, 0);
 	if (origin && bpf_map_lookup_elem(&gone, &origin->backend))
 		bpf_sock_destroy((struct sock_common *)socket);
