@@ -16,6 +16,8 @@
 #define TAG_FIRST 8192
 #define TAG_NONE 4096
 
+#define TUNNEL_PORT 8472 /* of UDP, as `wiring.routes` has it */
+
 #define TUNNELLED 0x7078 /* tc_index: has its tunnel's key */
 
 /* A node's pods, and that node's underlay address: where they are. */
@@ -61,6 +63,14 @@ static __always_inline struct tunnel *find_tunnel(const struct address *address)
 	s->prefix.length = 160;
 	s->prefix.address = *address;
 	return bpf_map_lookup_elem(map, &s->prefix);
+}
+
+/* Whether a packet is for the tunnel's end on some node. What a pod sends there would be its node's once
+ * it is masqueraded, and say of whoever it likes that he sent it. */
+static __always_inline bool is_for_tunnel(const struct flow *to)
+{
+	return to->protocol == IPPROTO_UDP && to->destination_port == bpf_htons(TUNNEL_PORT) &&
+	       find_tunnel(&to->destination);
 }
 
 /* The device's index, once it is known who is behind it; 0 before. */

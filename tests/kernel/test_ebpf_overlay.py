@@ -27,6 +27,7 @@ from podwire.nodes import OVERLAY_DEVICE, OVERLAY_ID, RouteCompiler
 from podwire.nodes.compiler import tunnel_mac
 from podwire.policy import Attachment, PolicyCompiler
 from podwire.policy.tags import tag
+from podwire.wiring.routes import PORT as PORT_OF_TUNNEL
 from podwire.wiring.routes import NodeRoutes
 from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, OUTSIDE, POD, REMOTE, World
 from tests.kernel.test_ebpf_services import VIP, make_port, make_table
@@ -294,6 +295,15 @@ def test_only_nodes_send_and_each_only_for_its_own_pods(world, family):
     world.send_as(tag_of(OTHER), outer=STRANGER)
     world.refuses(family)
     assert world.programs.outcomes()["spoofed"] >= spoofed + 2
+
+
+def test_a_pod_does_not_reach_the_other_end_of_the_tunnel(world):
+    """Masqueraded, it would be taken for its node, which may say who sent what."""
+    before = world.programs.outcomes()["spoofed"]
+    family = {4: socket.AF_INET, 6: socket.AF_INET6}[world.underlay]
+    with netns.socket(world.spaces["pod1"], family, socket.SOCK_DGRAM) as client:
+        client.sendto(b"x" * 50, (OUTSIDE[world.underlay], PORT_OF_TUNNEL))
+    assert world.programs.outcomes()["spoofed"] == before + 1
 
 
 @FAMILIES
