@@ -8,7 +8,8 @@
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
-/* Backends whose UDP flows must end: packets of a flow would go on to an address that is gone. */
+/* Backends whose UDP flows must end: packets of a flow would go on to an address that is gone. Service 0:
+ * a frontend that is new, and flows that have gone past it until now. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -17,8 +18,8 @@ struct {
 	__type(value, __u8);
 } doomed SEC(".maps");
 
-/* Addresses of pods that left: another pod may have them soon, and what was allowed or translated for the
- * one is nothing to the other. */
+/* Addresses of pods that left: another pod may have them next, and what was allowed or translated for the
+ * one is nothing to the other. They stay here until their connections are forgotten. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -108,10 +109,12 @@ static long expire_all(void *map, struct walk *w)
 
 static long forget(void *map, const struct flow *key, struct connection *value, struct walk *w)
 {
+	/* what no Service has led is known by what it addresses: a Service may have that by now */
+	const struct flow *to = value->service ? &value->to : key;
 	struct member_key backend = {
 		.service = value->service,
-		.address = value->to.destination,
-		.port = value->to.destination_port,
+		.address = to->destination,
+		.port = to->destination_port,
 	};
 
 	if (key->protocol != IPPROTO_UDP || value->flags & CONNECTION_REPLY ||

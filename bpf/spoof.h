@@ -56,6 +56,8 @@ static __always_inline bool is_honest(struct __sk_buff *ctx, const struct packet
 	if (!pod || !(pod->flags & INTERFACE_KNOWN) || load(ctx, 0, &ethernet) ||
 	    !is_own_mac(pod, &ethernet.source))
 		return false;
+	if (!p->ipv4 && (p->icmp_type == ICMPV6_ROUTER_ADVERTISEMENT || p->icmp_type == ICMPV6_REDIRECT))
+		return false; /* no pod is a router (CVE-2020-10749) */
 	if (p->kind == PACKET_FOREIGN)
 		return ctx->protocol != bpf_htons(ETH_P_ARP) || is_honest_arp(ctx, pod);
 	return same_address(&p->flow.source, &pod->addresses[p->ipv4 ? 0 : 1]) || is_for_the_link(p);

@@ -22,11 +22,23 @@ struct {
 	__type(value, struct xdp_work);
 } xdp_scratch SEC(".maps");
 
+/* A promiscuous link brings packets of others, too; the way out by the same link says who we are. */
+static __always_inline bool is_for_us(struct xdp_md *ctx, const struct bpf_fib_lookup *route)
+{
+	const struct mac *own = (const struct mac *)route->smac;
+	struct ethernet *ethernet = (void *)(long)ctx->data;
+
+	return (void *)(ethernet + 1) <= (void *)(long)ctx->data_end &&
+	       ethernet->destination.words[0] == own->words[0] &&
+	       ethernet->destination.words[1] == own->words[1] &&
+	       ethernet->destination.words[2] == own->words[2];
+}
+
 static __always_inline bool leaves_here(struct xdp_md *ctx, const struct flow *to,
 					struct bpf_fib_lookup *route)
 {
 	return find_route(ctx, route, to, ctx->ingress_ifindex, 0) == BPF_FIB_LKUP_RET_SUCCESS &&
-	       route->ifindex == ctx->ingress_ifindex;
+	       route->ifindex == ctx->ingress_ifindex && is_for_us(ctx, route);
 }
 
 static __always_inline int bounce(struct xdp_md *ctx, struct xdp_work *w,

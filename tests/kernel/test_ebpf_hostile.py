@@ -24,7 +24,7 @@ from tests.conformance import service_packets as packets
 from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, OUTSIDE, POD, REMOTE, UPLINK_MAC, World
 from tests.kernel.test_ebpf_policy import pod
 from tests.kernel.test_ebpf_programs import assert_sound
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
+from tests.kernel.test_ebpf_services import EXTERNAL, VIP, make_port, make_table
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
@@ -250,6 +250,14 @@ def test_neighbour_discovery_ends_at_the_link(node):
     node.enforce()
 
 
+def test_no_pod_is_a_router(node):
+    before = node.count("spoofed")
+    for kind, verdict in ((133, NEXT), (134, DROP), (136, NEXT), (137, DROP)):
+        body = struct.pack(">BBHI", kind, 0, 0, 0) + bytes(16)
+        assert node.run(packets._ip("fe80::5", "ff02::1", Protocol.ICMPV6, body))[0] == verdict
+    assert node.count("spoofed") == before + 2
+
+
 def test_nobody_answers_a_reset_or_a_later_fragment(node):
     service(node, 4, Protocol.TCP, [])
     reset = packets.tcp(CLIENT[4], VIP[4], (5000, 80), packets.RST, 1, 0, packets.marker(1))
@@ -426,8 +434,19 @@ def test_connections_of_a_pod_end_with_it(node, family):
     table = node.programs.growing["connections"].map
     assert len(list(table.keys())) == 4
     node.pods.remove(node.links[1].ifindex)
+    node.pods.add(node.links[1])
     assert {FLOW.unpack(key)[2:4] for key, _ in table.items()} == {
         (struct.pack(">H", a), struct.pack(">H", b)) for a, b in ((7000, 80), (80, 7000))
     }
     assert len(list(table.keys())) == 2
-    node.pods.add(node.links[1])
+
+
+def test_a_datagram_flow_that_was_there_before_the_service_ends(node):
+    """Sent again and again, it would go past the Service for ever."""
+    node.services.apply(make_table([]))
+    packet = packets.first(POD[1][4], EXTERNAL[4], Protocol.UDP, (7000, 80), 1)
+    assert packets.parse(node.run(packet)[1]).source == NODE[4]
+    node.services.apply(
+        make_table([make_port("dns", 80, [POD[2][4]], family=4, protocol=Protocol.UDP)])
+    )
+    assert packets.parse(node.run(packet)[1]).destination == POD[2][4]

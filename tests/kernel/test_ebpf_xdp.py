@@ -41,10 +41,10 @@ def world():
         programs.close()
 
 
-def run(world, packet):
+def run(world, packet, *, macs=UPLINK_MAC):
     """``(verdict, frame)``."""
     kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
-    frame = b"".join(bytes.fromhex(mac.replace(":", "")) for mac in UPLINK_MAC)
+    frame = b"".join(bytes.fromhex(mac.replace(":", "")) for mac in macs)
     frame += struct.pack(">H", kind) + packet
     context = struct.pack("=IIIIII", 0, len(frame), 0, world.ifindex("up0"), 0, 0)
     program = world.programs.program("from_driver")
@@ -87,6 +87,15 @@ def test_what_stays_on_the_node_is_passed_on_untouched(world):
         packet = packets.first(OUTSIDE[4], target, Protocol.TCP, (5000, port), 1)
         verdict, frame = run(world, packet)
         assert (verdict, frame[14:]) == (PASS, packet)
+
+
+def test_what_the_link_carries_for_others_is_left_alone(world):
+    both = {"family": 4, "protocol": Protocol.TCP}
+    world.part.apply(make_table([make_port("far", 80, [REMOTE[4]], **both)]))
+    packet = packets.first("198.51.100.9", NODE[4], Protocol.TCP, (5000, 30080), 1)
+    for other in ("02:00:00:00:07:07", "ff:ff:ff:ff:ff:ff"):
+        assert run(world, packet, macs=(other, UPLINK_MAC[1]))[0] == PASS
+    assert run(world, packet)[0] == TX
 
 
 @pytest.mark.parametrize("family", [4, 6])

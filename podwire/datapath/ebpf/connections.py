@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from podwire.datapath.ebpf.layout import (
@@ -14,6 +14,7 @@ from podwire.datapath.ebpf.layout import (
     mapped,
     unmapped,
 )
+from podwire.errors import KernelError
 from podwire.net import Address
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Connections:
         Raises KernelError when the kernel refuses a larger table; the present one goes on.
         """
         self._finish_move()
+        self._forget_departed()
         done = self.expire()
         if 4 * self.held > 3 * self.capacity and self.capacity < self._most:
             self.limit = self.capacity
@@ -104,11 +106,40 @@ class Connections:
 
     def forget(self, members: Sequence[bytes]) -> Collected:
         """End UDP flows to these backends (keys of the `members` map, local 0)."""
-        return self._run_on("doomed", members, CollectMode.DOOMED)
+        doomed = self._programs.maps["doomed"]
+        size = doomed.info.max_entries
+        total = Collected(0, 0, 0)
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
+            doomed.update_batch((member, b"\1") for member in part)
+            try:
+                done = self._run("collect", CollectMode.DOOMED)
+            finally:
+                doomed.delete_batch(part)
+            total = Collected(done.walked, total.removed + done.removed, total.failed + done.failed)
+        return total
 
-    def forget_addresses(self, addresses: Sequence[Address]) -> Collected:
-        """End all connections of pods that had these addresses: others may have them next."""
-        return self._run_on("departed", list(map(mapped, addresses)), CollectMode.DEPARTED)
+    def depart(self, addresses: Iterable[Address]) -> None:
+        """These belong to no pod any more: their connections end soon, also if we do."""
+        departed = self._programs.maps["departed"]
+        for address in addresses:
+            try:
+                departed.update(mapped(address), b"\1")
+            except KernelError:  # full
+                self._forget_departed()
+                departed.update(mapped(address), b"\1")
+
+    def arrive(self, addresses: Iterable[Address]) -> None:
+        """A pod gets these: what was allowed or translated for another is nothing to it."""
+        departed = self._programs.maps["departed"]
+        if any(departed.lookup(mapped(address)) for address in addresses):
+            self._forget_departed()
+
+    def _forget_departed(self) -> None:
+        departed = self._programs.maps["departed"]
+        if gone := list(departed.keys()):
+            self._run("collect", CollectMode.DEPARTED)
+            departed.delete_batch(gone)
 
     def clear(self) -> None:
         """Forget all connections; those through Services end."""
@@ -119,21 +150,6 @@ class Connections:
         """What packets look like and what they become, both directions of every connection."""
         for key, value in self._programs.growing["connections"].map.items():
             yield read_flow(key), read_flow(CONNECTION.unpack(value)[0])
-
-    def _run_on(self, name: str, keys: Sequence[bytes], mode: CollectMode) -> Collected:
-        """Run with `keys` in the map `name`, as many at a time as it takes."""
-        named = self._programs.maps[name]
-        size = named.info.max_entries
-        total = Collected(0, 0, 0)
-        for start in range(0, len(keys), size):
-            part = keys[start : start + size]
-            named.update_batch((key, b"\1") for key in part)
-            try:
-                done = self._run("collect", mode)
-            finally:
-                named.delete_batch(part)
-            total = Collected(done.walked, total.removed + done.removed, total.failed + done.failed)
-        return total
 
     def _run(self, program: str, mode: CollectMode) -> Collected:
         request = COLLECT.pack(mode, ESTABLISHED_S, DATAGRAM_S, 0, 0, 0)

@@ -25,6 +25,7 @@ from podwire.datapath.ebpf.layout import (
 from podwire.datapath.ebpf.programs import Programs, netns_cookie
 from podwire.errors import KernelError
 from podwire.kernel import netns
+from podwire.kernel.bpf import Map
 from podwire.net import Address
 
 log = logging.getLogger(__name__)
@@ -92,11 +93,11 @@ class EbpfPods:
             pod.ifindex, pod.mac, pod.host_mac, EndpointFlag.PLAIN if plain else 0
         )
         endpoints = self._programs.maps["endpoints"]
-        self._forget(
-            address
-            for address in pod.addresses
-            if _interface(endpoints.lookup(mapped(address))) != pod.ifindex
-        )
+        with self._programs.lock:
+            self._programs.connections.depart(
+                each for each in pod.addresses if _is_of_another(endpoints, each, pod.ifindex)
+            )
+            self._programs.connections.arrive(pod.addresses)
         endpoints.update_batch((mapped(address), value) for address in pod.addresses)
 
     def remove(self, ifindex: int) -> None:
@@ -105,7 +106,8 @@ class EbpfPods:
         if pod:
             endpoints = self._programs.maps["endpoints"]
             endpoints.delete_batch([mapped(address) for address in pod.addresses])
-            self._forget(pod.addresses)
+            with self._programs.lock:
+                self._programs.connections.depart(pod.addresses)
             self._programs.maps["interfaces"].delete(NUMBER.pack(ifindex))
             self._programs.namespaces.pop(ifindex, None)
             cookie = self._cookies.pop(ifindex, 0)
@@ -121,7 +123,7 @@ class EbpfPods:
             pod = wanted.get(ifindex)
             if pod is None or key not in map(mapped, pod.addresses):
                 endpoints.delete(key)
-                self._forget([unmapped(key)])
+                self._programs.connections.depart([unmapped(key)])
         for ifindex in [i for i in self._links if i not in wanted]:
             self.remove(ifindex)
         for pod in wanted.values():
@@ -129,11 +131,6 @@ class EbpfPods:
                 self.add(pod)
             except KernelError as error:  # the others are not held up
                 log.error("pod behind interface %d is not served: %s", pod.ifindex, error)
-
-    def _forget(self, addresses: Iterable[Address]) -> None:
-        """End connections of who had these addresses: they are nothing to who has them next."""
-        with self._programs.lock:
-            self._programs.connections.forget_addresses(list(addresses))
 
 
 def write_interface(
@@ -175,8 +172,10 @@ def set_plain(programs: Programs, ifindex: int, addresses: Iterable[Address], pl
     return was
 
 
-def _interface(endpoint: bytes | None) -> int:
-    return ENDPOINT.unpack(endpoint)[0] if endpoint else 0
+def _is_of_another(endpoints: Map, address: Address, ifindex: int) -> bool:
+    """Whether another pod has the address still: its end was missed."""
+    held = endpoints.lookup(mapped(address))
+    return held is not None and ENDPOINT.unpack(held)[0] != ifindex
 
 
 def _both(addresses: Iterable[Address]) -> tuple[bytes, bytes]:

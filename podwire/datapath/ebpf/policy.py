@@ -32,7 +32,6 @@ from podwire.kernel import link as links
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address, Protocol, range_to_prefixes
 from podwire.policy import Endpoint, PolicyTable, Verdict
-from podwire.policy.model import Key
 from podwire.policy.rulesets import RuleSet
 from podwire.policy.tags import TagIndex, tag
 from podwire.policy.verdicts import Outcome, Verdicts
@@ -126,7 +125,10 @@ class PolicyPart:
         _write(growing["subjects"], *subjects)
         self._attach(each for each in changed if not _is_judged(each))
         if "pods" not in self._programs.features:  # else those who know the pods' links do it
-            self.connections.forget_addresses(_moved(delta.endpoints, old, table))
+            for each in gone:
+                kept = table.endpoints[each.pod].addresses if each.pod in table.endpoints else ()
+                self.connections.depart(set(each.addresses).difference(kept))
+            self.connections.arrive(address for each in changed for address in each.addresses)
         _delete(growing["subjects"], *subjects)
         _delete(growing["tags"], *tags)
         _delete(growing["identities"], *identities)
@@ -271,15 +273,6 @@ def _subjects(table: PolicyTable, endpoints: Iterable[Endpoint]) -> dict[bytes, 
 
 def _meanings(tags: Mapping[int, int]) -> dict[bytes, bytes]:
     return {NUMBER.pack(each): NUMBER.pack(identity) for each, identity in tags.items()}
-
-
-def _moved(pods: Iterable[Key], old: PolicyTable, new: PolicyTable) -> list[Address]:
-    """Addresses that came to a pod, or left it."""
-    out: set[Address] = set()
-    for pod in pods:
-        before, after = old.endpoints.get(pod), new.endpoints.get(pod)
-        out |= set(before.addresses if before else ()) ^ set(after.addresses if after else ())
-    return list(out)
 
 
 def _exact(table: PolicyTable, addresses: Iterable[Address]) -> dict[bytes, bytes]:

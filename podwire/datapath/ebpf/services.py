@@ -6,7 +6,7 @@ again; each frontend changes in one step. So every packet sees an old list or a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from podwire.datapath import Requirement
@@ -32,6 +32,7 @@ from podwire.net import Address, Protocol
 from podwire.services import (
     Backend,
     Frontend,
+    FrontendKind,
     ProxyConfig,
     ServicePort,
     ServicePortName,
@@ -264,11 +265,24 @@ class ServicesPart:
             if old and name.protocol == Protocol.UDP
             for backend in set(old.serving).difference(new.serving if new else ())
         ]
+        stale = [MEMBER_KEY.pack(mapped(b[:-2]), service, b[-2:], 0) for service, b in gone]
+        stale += self._claimed(ports)
+        if stale:
+            self.connections.forget(stale)
         if gone:
-            self.connections.forget(
-                [MEMBER_KEY.pack(mapped(b[:-2]), service, b[-2:], 0) for service, b in gone]
-            )
             self._programs.close_sockets({(b[:-2], b[-2:]) for _, b in gone})
+
+    def _claimed(self, ports: _Changes) -> Iterator[bytes]:
+        """What was reachable past all Services, and one has now. ClusterIPs never were."""
+        for name, (old, new) in ports.items():
+            if new is None or name.protocol != Protocol.UDP:
+                continue
+            for kind, address, port in set(new.frontends).difference(old.frontends if old else ()):
+                if kind != FrontendKind.CLUSTER_IP:
+                    size = 4 if name.family == 4 else 16
+                    own = [each for each in self._own if len(each) == size]
+                    for each in [address] if address else own:
+                        yield MEMBER_KEY.pack(mapped(each), 0, port.to_bytes(2, "big"), 0)
 
     # --- everything ----------------------------------------------------------------------------
 
