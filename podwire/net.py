@@ -7,6 +7,7 @@ which at 250,000 endpoints is a second.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterable
 from enum import IntEnum
@@ -49,6 +50,15 @@ def parse_address(text: str) -> Address:
 
 
 _MAPPED = bytes(10) + b"\xff\xff"
+
+
+def parse_addresses(texts: Iterable[str]) -> tuple[Address, ...]:
+    """Those that are addresses, for objects in which some need not be."""
+    found: list[Address] = []
+    for text in texts:
+        with contextlib.suppress(InvalidObject):
+            found.append(parse_address(text))
+    return tuple(found)
 
 
 def format_address(address: Address) -> str:

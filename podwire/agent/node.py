@@ -7,7 +7,7 @@ import contextlib
 from podwire.agent.options import Options
 from podwire.errors import ConfigError, InvalidObject
 from podwire.kube.objects import Node
-from podwire.net import Address, Prefix, parse_address, parse_prefix
+from podwire.net import Address, Prefix, parse_addresses, parse_prefix
 from podwire.services import DetectLocal, NodeFacts, ProxyConfig
 
 POD_LINKS = "eni"  # how the host ends of pods' links begin in VPC mode
@@ -17,12 +17,7 @@ _EVICTING = "ToBeDeletedByClusterAutoscaler"
 
 def internal_ips(node: Node) -> tuple[Address, ...]:
     """The node's InternalIPs in the object's order; what is no address is left out."""
-    found: list[Address] = []
-    for entry in node.status.addresses:
-        if entry.type == "InternalIP":
-            with contextlib.suppress(InvalidObject):
-                found.append(parse_address(entry.address))
-    return tuple(found)
+    return parse_addresses(a.address for a in node.status.addresses if a.type == "InternalIP")
 
 
 def pod_cidrs(node: Node) -> tuple[Prefix, ...]:

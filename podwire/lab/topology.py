@@ -121,7 +121,7 @@ def add_node(lab: LabDir, node: Node, dual_stack: bool) -> None:
     try:
         sysctl.write({"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1}, node_fd)
         with NetlinkSocket(netns_fd=underlay) as sock:
-            bridge = _index(sock, "nodes")
+            bridge = index_of(sock, "nodes")
             port = End(f"node{node.index}")
             sock.run(link.add_veth(port, End("eth0", node_fd), up=True, master=bridge))
         with NetlinkSocket(netns_fd=node_fd) as sock:
@@ -143,7 +143,7 @@ def serve_xdp(lab: LabDir, node: Node) -> Link:
     try:
         ethtool.offload_checksums(port, False, underlay)
         with NetlinkSocket(netns_fd=underlay) as sock, netns.entered(underlay):
-            return Link.xdp(program, _index(sock, port))
+            return Link.xdp(program, index_of(sock, port))
     finally:
         program.close()
         os.close(underlay)
@@ -165,7 +165,7 @@ def readdress_node(lab: LabDir, old: Node, new: Node, dual_stack: bool) -> None:
     node_fd = netns.open_path(lab.netns(f"node-{old.name}"))
     try:
         with NetlinkSocket(netns_fd=node_fd) as sock:
-            index = _index(sock, "eth0")
+            index = index_of(sock, "eth0")
             for family, text in enumerate(old.addresses):
                 length = parse_prefix(UNDERLAY[family]).length
                 sock.run(address.delete(InterfaceAddress(index, parse_address(text), length)))
@@ -175,7 +175,8 @@ def readdress_node(lab: LabDir, old: Node, new: Node, dual_stack: bool) -> None:
         os.close(node_fd)
 
 
-def _index(sock: NetlinkSocket, name: str) -> int:
+def index_of(sock: NetlinkSocket, name: str) -> int:
+    """The link of that name. Raises KernelError."""
     found = link.find(sock, name)
     if found is None:
         raise KernelError(f"no link {name} in this namespace")
@@ -197,7 +198,7 @@ def number(
         sysctl.write({f"{ipv6}.accept_dad": 0}, fd)
     else:
         sysctl.write({f"{ipv6}.disable_ipv6": 1}, fd)
-    index = _index(sock, name)
+    index = index_of(sock, name)
     requests: list[Request] = [link.change("lo", up=True), link.change(index, up=True)]
     for family in families(dual_stack):
         length = parse_prefix(networks[family]).length
@@ -209,7 +210,7 @@ def number(
 def default_route(
     sock: NetlinkSocket, name: str, gateways: tuple[str, ...], dual_stack: bool
 ) -> None:
-    index = _index(sock, name)
+    index = index_of(sock, name)
     for family in families(dual_stack):
         via = route.via(_DEFAULT[family], parse_address(gateways[family]), index)
         sock.run(route.add(via, replace=True))

@@ -7,13 +7,12 @@ the host's network own nothing: their address is the node's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from podwire.errors import InvalidObject
 from podwire.kube.objects import Node, Pod
-from podwire.net import Address, parse_address
+from podwire.net import Address, parse_addresses
 from podwire.policy.model import WORLD, ContainerPort, Host, Key
 from podwire.policy.networkpolicy import PROTOCOLS
 from podwire.policy.selectors import NAMESPACE_NAME, Labels
@@ -64,7 +63,7 @@ def pod_facts(pod: Pod) -> PodFacts:
         pod.spec.node_name,
         metadata.labels,
         container_ports(pod),
-        () if finished else addresses(texts),
+        () if finished else parse_addresses(texts),
         pod.spec.host_network,
         metadata.deletion_timestamp is not None,
         finished,
@@ -83,17 +82,6 @@ def container_ports(pod: Pod) -> tuple[ContainerPort, ...]:
         if port.name and port.protocol in PROTOCOLS
     }
     return tuple(sorted(found))
-
-
-def addresses(texts: Iterable[str]) -> tuple[Address, ...]:
-    """Those that parse; a pod or node without any is no error."""
-    out: list[Address] = []
-    for text in texts:
-        try:
-            out.append(parse_address(text))
-        except InvalidObject:
-            continue
-    return tuple(out)
 
 
 class Owner(NamedTuple):
@@ -155,7 +143,7 @@ class Hosts:
         old = self.nodes.get(name)
         new = None
         if node is not None:
-            new = (node.metadata.labels, addresses(a.address for a in node.status.addresses))
+            new = (node.metadata.labels, parse_addresses(a.address for a in node.status.addresses))
         if new == old:
             return False
         before, after = set(old[1] if old else ()), set(new[1] if new else ())

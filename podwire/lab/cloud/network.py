@@ -31,6 +31,7 @@ from podwire.kernel.route import Route
 from podwire.lab import topology
 from podwire.lab.cloud.model import Eni, Model
 from podwire.lab.state import LabDir, Node
+from podwire.lab.topology import index_of
 from podwire.net import Prefix, parse_address, parse_prefix
 
 VPC = ("10.0.0.0/16", "fd00:10::/56")
@@ -138,7 +139,7 @@ def _build_gateway(fd: int, outside: int, dual_stack: bool) -> None:
         sock.run(link.add_veth(End("world"), End("eth0", outside), up=True))
         topology.number(sock, fd, "world", topology.WORLD_ROUTER, topology.WORLD, dual_stack)
         _join(sock, "vpc", _UPLINK[1], _UPLINK[0], _UPLINK[3], _UPLINK[2], default=False)
-        index = _index(sock, "vpc")
+        index = index_of(sock, "vpc")
         for family, gateway in enumerate((_UPLINK[0], _UPLINK[2])):
             for text in (VPC[family], topology.LOAD_BALANCER_RANGE[family]):
                 inwards = route.via(parse_prefix(text), parse_address(gateway), index)
@@ -152,7 +153,7 @@ def _join(
     *, default: bool = True,
 ) -> None:  # fmt: skip
     """One end of the link between router and gateway."""
-    index = _index(sock, name)
+    index = index_of(sock, name)
     sock.run(
         link.change(index, up=True),
         address.add(InterfaceAddress(index, parse_address(own), 31)),
@@ -164,15 +165,9 @@ def _join(
 
 
 def _unnumbered(sock: NetlinkSocket, name: str, texts: list[str]) -> None:
-    index = _index(sock, name)
+    index = index_of(sock, name)
     packed = [parse_address(text) for text in texts]
     sock.run(*(address.add(InterfaceAddress(index, each, len(each) * 8)) for each in packed))
-
-
-def _index(sock: NetlinkSocket, name: str) -> int:
-    found = link.find(sock, name)
-    assert found is not None, name
-    return found.index
 
 
 class _Plugged(NamedTuple):
@@ -248,7 +243,7 @@ class CloudNetwork:
                 },
                 self._router_fd,
             )
-            port = _index(self._sock, name)
+            port = index_of(self._sock, name)
             self._sock.run(
                 link.change(port, up=True),
                 neighbour.add(Neighbour(port, parse_address(eni.primary), mac)),
@@ -296,7 +291,7 @@ def _boot(node_fd: int, eni: Eni) -> None:
     """Number the primary ENI from the subnet, as DHCP and router advertisements do."""
     subnet = eni.subnet
     with NetlinkSocket(netns_fd=node_fd) as sock:
-        index = _index(sock, "eth0")
+        index = index_of(sock, "eth0")
         sysctl.write({"net.ipv6.conf.eth0.accept_dad": 0}, node_fd)
         sock.run(
             link.change(index, up=True),

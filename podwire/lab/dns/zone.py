@@ -29,7 +29,7 @@ from podwire.lab.dns.message import (
     parse_query,
     reply,
 )
-from podwire.net import Address, parse_address
+from podwire.net import Address, parse_address, parse_addresses
 
 _SERVICE_NAME = "kubernetes.io/service-name"
 _VERSION = b"1.1.0"
@@ -118,7 +118,7 @@ class Zone:
 
     def _endpoint_names(
         self, service: Key, piece: EndpointSlice
-    ) -> Iterator[tuple[Name, list[Address]]]:
+    ) -> Iterator[tuple[Name, tuple[Address, ...]]]:
         """The reverse names: only endpoints with a hostname have one of their own."""
         for endpoint in piece.endpoints or ():
             if endpoint.hostname and _is_ready(endpoint):
@@ -330,26 +330,15 @@ def _chosen(records: list[Record], type: int) -> list[Record]:
     return [record for record in records if record.type in (type, Type.CNAME)]
 
 
-def _cluster_ips(service: Service | None) -> list[Address]:
+def _cluster_ips(service: Service | None) -> tuple[Address, ...]:
     if service is None:
-        return []
-    texts = service.spec.cluster_ips or [service.spec.cluster_ip]
-    return _parsed(text for text in texts if text not in ("", "None"))
+        return ()
+    return parse_addresses(service.spec.cluster_ips or [service.spec.cluster_ip])  # or "None"
 
 
-def _addresses_of(endpoint: Endpoint) -> list[Address]:
-    return _parsed(endpoint.addresses[:1])
-
-
-def _parsed(texts: Iterable[str]) -> list[Address]:
-    """Addresses that make sense; one that does not (FQDN endpoints) has no record."""
-    out: list[Address] = []
-    for text in texts:
-        try:
-            out.append(parse_address(text))
-        except InvalidObject:
-            continue
-    return out
+def _addresses_of(endpoint: Endpoint) -> tuple[Address, ...]:
+    """None for an FQDN."""
+    return parse_addresses(endpoint.addresses[:1])
 
 
 def _is_ready(endpoint: Endpoint) -> bool:

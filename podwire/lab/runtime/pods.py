@@ -66,7 +66,7 @@ class PodWorker:
         self._netns_fd: int | None = None
         self._network: cni.NetworkList | None = None  # with which ADD was called
         self._adding: asyncio.Future[Any] | None = None
-        self._probes: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self._ending = asyncio.Event()
         self._linger_s = 0.0
         self._gone = False  # the object is gone from the API
@@ -221,7 +221,7 @@ class PodWorker:
         for container in self.pod.containers:
             probe = container.readiness_probe
             if probe is not None and self.state.addresses:
-                self._probes.append(
+                self._tasks.append(
                     asyncio.create_task(
                         probes.watch(
                             self.node.netns_fd,
@@ -249,7 +249,7 @@ class PodWorker:
 
     async def _stop(self) -> None:
         """End the containers, then the network, then the namespace."""
-        for task in self._probes:
+        for task in self._tasks:
             task.cancel()
         self._servers.close()
         if self._dns is not None:
@@ -289,7 +289,7 @@ class PodWorker:
                 except PodwireError as error:
                     event(log, logging.ERROR, "cannot serve", pod=self, error=error)
 
-        self._probes.append(asyncio.create_task(run()))
+        self._tasks.append(asyncio.create_task(run()))
 
     def __str__(self) -> str:
         return f"{self.pod.metadata.namespace}/{self.pod.metadata.name}"
