@@ -9,7 +9,6 @@ configuration and a fresh data path.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import re
 import select
@@ -36,6 +35,7 @@ from tests.conformance.service_cases import (
     Seen,
 )
 from tests.conformance.service_packets import Wire
+from tests.conformance.service_parts import make_part
 
 _SENTINEL = {4: "198.18.77.77", 16: "fd00:ffff::77"}
 """Somewhere beyond the uplink that no case knows."""
@@ -81,9 +81,7 @@ class Net:
     """See `tests.conformance.service_proxy.World`. A context manager; needs root."""
 
     def __init__(self, datapath: str) -> None:
-        room, _, flavour = datapath.partition("-")  # iptables, or iptables-legacy
-        self._make_part = importlib.import_module(f"podwire.datapath.{room}.services")
-        self._options = {"flavour": flavour} if flavour else {}
+        self._datapath = datapath
         self._close = contextlib.ExitStack()
         self._part: Part[ServiceTable] | None = None
         self._table: ServiceTable | None = None
@@ -199,7 +197,7 @@ class Net:
             self._configured.append(f"route add {cluster.pod_cidr} dev {POD_SIDE}")
         self._ip(*self._configured)
         self._size = 4 if family == "IPv4" else 16
-        self._part = self._make_part.ServicesPart(cluster.config, self.node, **self._options)
+        self._part = make_part(self._datapath, cluster.config, self.node)
         for requirement in self._part.requirements:
             sysctl.write({requirement.sysctl: requirement.value}, self.node)
         self._part.start()
