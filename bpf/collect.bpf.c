@@ -43,6 +43,16 @@ struct walk {
 #define CLOSED_S 30
 #define UNANSWERED_S 30 /* anything else */
 
+/* Answers go another way: what the client sends is all there is to judge by. */
+static __always_inline __u32 lifetime_one_way(const struct walk *w, __u8 protocol, __u8 here)
+{
+	if (protocol != IPPROTO_TCP)
+		return w->datagram_s;
+	if (here & STATE_RST)
+		return CLOSED_S;
+	return here & STATE_DATA && !(here & STATE_FIN) ? w->established_s : OPENING_S;
+}
+
 static __always_inline __u32 lifetime(const struct walk *w, __u8 protocol, __u8 here, __u8 there)
 {
 	if (!(here & STATE_SEEN) || !(there & STATE_SEEN))
@@ -66,13 +76,14 @@ static long expire(void *map, const struct flow *key, struct connection *value, 
 	struct connection *pair;
 	__u32 seen_s = value->seen_s;
 	__u8 state = 0;
+	__u32 left;
 
 	/* each pair is judged once, at its original direction; a half without the other goes too, and
 	 * so does one whose other half has become another connection's */
-	reverse(&w->pair, &value->to);
+	pair_of(&w->pair, key, value);
 	pair = bpf_map_lookup_elem(map, &w->pair);
 	if (pair) {
-		reverse(&w->back, &pair->to);
+		pair_of(&w->back, &w->pair, pair);
 		if (__builtin_memcmp(&w->back, key, sizeof(*key))) {
 			pair = NULL;
 			w->pair = *key;
@@ -85,8 +96,10 @@ static long expire(void *map, const struct flow *key, struct connection *value, 
 		if ((__s32)(pair->seen_s - seen_s) > 0)
 			seen_s = pair->seen_s;
 	}
+	left = value->flags & CONNECTION_DSR ? lifetime_one_way(w, key->protocol, value->state) :
+					       lifetime(w, key->protocol, value->state, state);
 	/* entries may be younger than this walk's idea of now */
-	if ((__s32)(w->now_s - seen_s) > (__s32)lifetime(w, key->protocol, value->state, state))
+	if ((__s32)(w->now_s - seen_s) > (__s32)left)
 		remove_both(map, w, key);
 	else if (value->flags & CONNECTION_LOCAL)
 		w->local++;
@@ -120,7 +133,7 @@ static long forget(void *map, const struct flow *key, struct connection *value, 
 	if (key->protocol != IPPROTO_UDP || value->flags & CONNECTION_REPLY ||
 	    !bpf_map_lookup_elem(&doomed, &backend))
 		return 0;
-	reverse(&w->pair, &value->to);
+	pair_of(&w->pair, key, value);
 	remove_both(map, w, key);
 	return 0;
 }

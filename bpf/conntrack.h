@@ -15,6 +15,8 @@ enum connection_flag {
 	CONNECTION_REPLY = 2, /* the direction of the answers */
 	CONNECTION_HOST = 4, /* one end is a process of this node */
 	CONNECTION_LOCAL = 8, /* TCP that may be between two pods of this node */
+	CONNECTION_DSR = 16, /* led to another node, which answers the client itself */
+	CONNECTION_LED = 32, /* led here by another node: its two keys mirror each other */
 };
 
 enum connection_state { /* what this direction has sent */
@@ -140,14 +142,21 @@ static __always_inline bool is_closed(const struct connection *connection)
 	return connection->state & (STATE_FIN | STATE_RST);
 }
 
+/* The key of the other direction's entry. */
+static __always_inline void pair_of(struct flow *pair, const struct flow *key,
+				    const struct connection *connection)
+{
+	reverse(pair, connection->flags & CONNECTION_LED ? key : &connection->to);
+}
+
 /* What the other direction has sent. */
-static __always_inline __u8 opposite_state(const struct connection *connection)
+static __always_inline __u8 opposite_state(const struct flow *key, const struct connection *connection)
 {
 	struct connection *pair;
-	struct flow key;
+	struct flow other;
 
-	reverse(&key, &connection->to);
-	pair = find_connection(&key);
+	pair_of(&other, key, connection);
+	pair = find_connection(&other);
 	return pair ? pair->state : STATE_RST; /* half a connection is none */
 }
 
@@ -156,13 +165,13 @@ static __always_inline bool is_reopened(const struct connection *connection, con
 {
 	if (p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return false;
-	return is_closed(connection) || opposite_state(connection) & (STATE_FIN | STATE_RST);
+	return is_closed(connection) || opposite_state(&p->flow, connection) & (STATE_FIN | STATE_RST);
 }
 
 /* Whether neither end sends any more; one that has only closed its own direction may still. */
-static __always_inline bool is_over(const struct connection *connection)
+static __always_inline bool is_over(const struct flow *key, const struct connection *connection)
 {
-	__u8 other = opposite_state(connection);
+	__u8 other = opposite_state(key, connection);
 
 	return (connection->state | other) & STATE_RST || connection->state & other & STATE_FIN;
 }
@@ -195,12 +204,38 @@ __noinline int claim_answers(struct creation *c, const struct flow *original, co
 	if (!other)
 		return -ERROR_EXIST;
 	if (__builtin_memcmp(&other->to, &c->value.to, sizeof(other->to))) {
-		if (!take || !is_over(other))
+		if (!take || !is_over(&c->key, other))
 			return -ERROR_EXIST;
-		reverse(&old, &other->to);
+		pair_of(&old, &c->key, other);
 		bpf_map_delete_elem(map, &old);
 	}
 	return bpf_map_update_elem(map, &c->key, &c->value, BPF_ANY);
+}
+
+static __always_inline void begin_creation(struct creation *c, __u32 service, __u8 flags)
+{
+	__builtin_memset(c, 0, sizeof(*c));
+	c->value.seen_s = now_seconds();
+	c->value.service = service;
+	c->value.flags = flags;
+}
+
+/* Write the other entry, once that of the answers is there. 0, or the reason why it cannot be. */
+static __always_inline enum reason create_original(struct creation *c, const struct packet *p,
+						   const struct flow *to)
+{
+	void *map = current_map(&connections);
+
+	c->value.to = *to;
+	c->value.flags &= ~CONNECTION_REPLY;
+	c->value.state = packet_state(p);
+	if (!map || bpf_map_update_elem(map, &p->flow, &c->value, BPF_ANY)) {
+		forget_connection(&c->key);
+		return REASON_CONNECTIONS_FULL;
+	}
+	if (c->value.flags & CONNECTION_LOCAL)
+		note_local_entries();
+	return 0;
 }
 
 /* Record that packets like `p` become `to` and answers the reverse. When `ports`, or when another
@@ -210,17 +245,11 @@ static __always_inline enum reason create_connection(struct creation *c, const s
 						     struct flow *to, __u32 service, __u8 flags,
 						     bool ports)
 {
-	void *map = current_map(&connections);
 	__u32 start = bpf_get_prandom_u32();
 	int error = -ERROR_EXIST;
 	__u32 tries = 0;
 
-	if (!map)
-		return REASON_CONNECTIONS_FULL;
-	__builtin_memset(c, 0, sizeof(*c));
-	c->value.seen_s = now_seconds();
-	c->value.service = service;
-	c->value.flags = flags;
+	begin_creation(c, service, flags);
 	if (!ports || p->kind != PACKET_FLOW)
 		error = claim_answers(c, &p->flow, to, false);
 	while (error == -ERROR_EXIST && tries < PORT_TRIES && p->kind == PACKET_FLOW) {
@@ -233,14 +262,5 @@ static __always_inline enum reason create_connection(struct creation *c, const s
 	}
 	if (error)
 		return error == -ERROR_EXIST ? REASON_PORTS_EXHAUSTED : REASON_CONNECTIONS_FULL;
-	c->value.to = *to;
-	c->value.flags &= ~CONNECTION_REPLY;
-	c->value.state = packet_state(p);
-	if (bpf_map_update_elem(map, &p->flow, &c->value, BPF_ANY)) {
-		bpf_map_delete_elem(map, &c->key);
-		return REASON_CONNECTIONS_FULL;
-	}
-	if (flags & CONNECTION_LOCAL)
-		note_local_entries();
-	return 0;
+	return create_original(c, p, to);
 }

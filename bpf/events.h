@@ -29,6 +29,7 @@ enum reason {
 	REASON_AFFINITY_FULL,
 	REASON_EVENTS_LOST,
 	REASON_REPLACED, /* a list of backends that gave way to another at this moment */
+	REASON_LED_ASTRAY, /* by an option of DSR that names no Service with this backend here */
 	REASON_MAX,
 };
 

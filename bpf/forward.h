@@ -59,8 +59,7 @@ static __always_inline struct endpoint *find_endpoint(const struct address *addr
 	return with_pods ? bpf_map_lookup_elem(&endpoints, address) : NULL;
 }
 
-static __always_inline long find_route(CONTEXT *ctx, struct bpf_fib_lookup *route,
-				       const struct flow *flow, __u32 from, __u32 flags)
+static __always_inline void set_route(struct bpf_fib_lookup *route, const struct flow *flow, __u32 from)
 {
 	__builtin_memset(route, 0, sizeof(*route));
 	route->ifindex = from;
@@ -73,6 +72,12 @@ static __always_inline long find_route(CONTEXT *ctx, struct bpf_fib_lookup *rout
 		__builtin_memcpy(route->ipv6_src, &flow->source, 16);
 		__builtin_memcpy(route->ipv6_dst, &flow->destination, 16);
 	}
+}
+
+static __always_inline long find_route(CONTEXT *ctx, struct bpf_fib_lookup *route,
+				       const struct flow *flow, __u32 from, __u32 flags)
+{
+	set_route(route, flow, from);
 	return bpf_fib_lookup(ctx, route, sizeof(*route), flags);
 }
 

@@ -8,6 +8,8 @@
 enum network_flag {
 	NETWORK_OWN_PODS = 1, /* pods of this node */
 	NETWORK_CLUSTER = 2, /* reached with the pod's own address */
+	NETWORK_PODS = 4, /* pods of other nodes */
+	NETWORK_NODE = 8, /* an address of a node */
 };
 
 GROWING_MAP(networks, 1, BPF_MAP_TYPE_LPM_TRIE, struct prefix_key, __u32, BPF_F_NO_PREALLOC);

@@ -17,6 +17,7 @@ enum frontend_flag {
 	FRONTEND_MASQUERADE = 8, /* whoever asks */
 	FRONTEND_HAS_ENDPOINTS = 16, /* somewhere: an empty list drops; without, it rejects */
 	FRONTEND_ANY_ADDRESS = 32, /* its key has no address: a NodePort */
+	FRONTEND_DSR = 64, /* backends on other nodes answer clients outside themselves */
 };
 
 struct frontend_key {
@@ -83,7 +84,13 @@ struct member_key {
 	struct address address;
 	__u32 service;
 	__be16 port;
-	__u16 local; /* 1: member of this node's list, 0: of the cluster's */
+	__u16 list;
+};
+
+enum member_list {
+	MEMBER_CLUSTER,
+	MEMBER_LOCAL, /* of this node's list */
+	MEMBER_HERE, /* on this node, whatever policies and topology say: DSR may lead to it */
 };
 
 struct affinity_key {
@@ -159,6 +166,7 @@ struct choice {
 	__u32 service;
 	__u32 reason; /* of VERDICT_DROP */
 	bool masquerade;
+	bool dsr; /* unless something forbids it, instead of masquerading */
 };
 
 static __always_inline const struct settings *current_settings(void)
@@ -238,11 +246,11 @@ static __always_inline bool in_ranges(const struct frontend *frontend, const str
 	return map && bpf_map_lookup_elem(map, &key);
 }
 
-static __always_inline bool is_member(__u32 service, bool local, const struct address *address,
-				      __be16 port)
+static __always_inline bool is_member(__u32 service, enum member_list list,
+				      const struct address *address, __be16 port)
 {
 	struct member_key key = {
-		.service = service, .address = *address, .port = port, .local = local
+		.service = service, .address = *address, .port = port, .list = list
 	};
 	void *map = current_map(&members);
 
@@ -309,7 +317,7 @@ static __always_inline bool recall(const struct frontend *frontend, bool local,
 	__u32 now = now_seconds();
 
 	if (!last || now - last->seen_s > frontend->affinity_s ||
-	    !is_member(key->service, local, &last->address, last->port))
+	    !is_member(key->service, local ? MEMBER_LOCAL : MEMBER_CLUSTER, &last->address, last->port))
 		return false;
 	last->seen_s = now;
 	out->address = last->address;
@@ -395,5 +403,6 @@ static __always_inline enum verdict choose(const struct flow *flow, const struct
 	out->masquerade = !(out->backend.flags & BACKEND_THIS_NODE) &&
 			  (is_masqueraded(frontend, origin) ||
 			   same_address(&out->backend.address, &flow->source));
+	out->dsr = out->masquerade && origin == ORIGIN_OUTSIDE && frontend->flags & FRONTEND_DSR;
 	return VERDICT_TRANSLATE;
 }

@@ -174,8 +174,8 @@ static __always_inline int on_sendmsg(struct bpf_sock_addr *ctx, bool ipv4)
 				     .protocol = IPPROTO_UDP };
 		struct frontend *found = find_frontend(&flow, address_flags(&frontend.address));
 
-		if (found && (is_member(found->service, false, &last->address, last->port) ||
-			      is_member(found->service, true, &last->address, last->port)))
+		if (found && (is_member(found->service, MEMBER_CLUSTER, &last->address, last->port) ||
+			      is_member(found->service, MEMBER_LOCAL, &last->address, last->port)))
 			backend = *last;
 	}
 	bpf_map_update_elem(&datagrams, &key, &backend, BPF_ANY);

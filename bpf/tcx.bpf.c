@@ -5,6 +5,7 @@
  * both ends, and kept in the connection table. Egress sees only what the node's own stack sends. The
  * kernel's conntrack is not used.
  */
+#include "dsr.h"
 #include "forward.h"
 #include "fragment.h"
 #include "icmp.h"
@@ -24,6 +25,9 @@ struct work {
 	struct packet packet;
 	struct packet inner;
 	struct flow to;
+	struct flow service; /* with DSR, the connection as the client sees it */
+	union dsr_head head;
+	bool tell; /* the backend's node, of the Service */
 	struct creation creation;
 	struct choice choice;
 	struct refusal refusal;
@@ -186,6 +190,77 @@ static __always_inline bool is_local(const struct flow *to, enum place place)
 	return place == PLACE_POD && to->protocol == IPPROTO_TCP && find_endpoint(&to->destination);
 }
 
+/* Send a client's packet on to the node of its backend. */
+__noinline int lead(struct __sk_buff *ctx, struct work *w)
+{
+	struct packet *p;
+
+	if (!w)
+		return TCX_DROP;
+	p = &w->packet;
+	w->service = p->flow;
+	if (rewrite(ctx, p, &w->to) || (w->tell && push_option(ctx, p, &w->head, &w->service)))
+		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
+	return by_route(ctx, p, ctx->ifindex, false);
+}
+
+#define LEAD (-2) /* instead of a verdict: `lead` is to follow */
+#define MASQUERADE (-3)
+
+/* The first packet of a connection whose backend is to answer the client itself: LEAD. MASQUERADE: there
+ * is no room for the option, or the client uses this port for another connection to the same backend. */
+__noinline int begin_led(struct __sk_buff *ctx, struct work *w)
+{
+	enum reason reason;
+	struct packet *p;
+	int error;
+
+	if (!w)
+		return TCX_DROP;
+	p = &w->packet;
+	w->tell = has_room(ctx, p, &w->to);
+	if (!w->tell && is_start(p))
+		return MASQUERADE;
+	begin_creation(&w->creation, w->choice.service, CONNECTION_TRANSLATED | CONNECTION_DSR);
+	error = claim_answers(&w->creation, &p->flow, &w->to, true);
+	if (error == -ERROR_EXIST)
+		return MASQUERADE;
+	reason = error ? REASON_CONNECTIONS_FULL : create_original(&w->creation, p, &w->to);
+	if (reason)
+		return drop(ctx, reason, &p->flow);
+	count(REASON_TRANSLATED);
+	return LEAD;
+}
+
+/* A packet with extensions: another node may have led it here by DSR. Then the option comes off, and
+ * the packet goes on as any of its connection. Not 0: it ends here. */
+__noinline int take(struct __sk_buff *ctx, struct work *w)
+{
+	bool tracked, taken;
+	enum reason reason;
+	struct packet *p;
+	__u32 service;
+
+	if (!w)
+		return TCX_DROP;
+	p = &w->packet;
+	if (p->kind != PACKET_FLOW || !read_option(ctx, p, &w->service))
+		return 0;
+	if (!is_believed(p, &w->service, &service))
+		return drop(ctx, REASON_LED_ASTRAY, &p->flow);
+	if (pop_option(ctx, p))
+		return drop(ctx, REASON_WRITE_FAILED, &p->flow);
+	if (is_remembered(&w->to, p, &w->service, &taken))
+		return 0;
+	if (taken)
+		return drop(ctx, REASON_PORTS_EXHAUSTED, &p->flow);
+	w->to = p->flow;
+	if (with_policy && !is_permitted(ctx, w, PLACE_NETWORK, &tracked))
+		return TCX_DROP;
+	reason = create_led(&w->creation, p, &w->service, service);
+	return reason ? drop(ctx, reason, &p->flow) : 0;
+}
+
 /* The first packet of a connection, or one that needs no entry. */
 __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 {
@@ -202,7 +277,7 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 	if (place != PLACE_NODE && (is_loopback(&p->flow.source) || is_multicast(&p->flow.source)))
 		return drop(ctx, REASON_SPOOFED, &p->flow);
 	w->to = p->flow;
-	w->choice.masquerade = false;
+	w->choice.masquerade = w->choice.dsr = false;
 	w->choice.service = 0;
 	if (with_services && !find_endpoint(&p->flow.destination)) {
 		verdict = find_service(&p->flow, &frontend, &why);
@@ -225,6 +300,12 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 		return drop(ctx, REASON_SPOOFED, &p->flow);
 	if (with_policy && !is_permitted(ctx, w, place, &tracked))
 		return TCX_DROP;
+	if (place == PLACE_NETWORK && may_lead(&p->flow.source, &w->choice)) {
+		int led = begin_led(ctx, w);
+
+		if (led != MASQUERADE)
+			return led;
+	}
 	/* the answers to who comes from outside must not be taken for traffic that leaves */
 	if (place == PLACE_NETWORK && leaves_cluster(&w->to.destination, &w->to.source))
 		tracked = true;
@@ -293,23 +374,36 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 
 	if (p->kind == PACKET_ICMP_ERROR)
 		return pass_error(ctx, w, place);
+	if (with_dsr && place == PLACE_NETWORK && p->transport != p->network + plain_head(p)) {
+		int taken = take(ctx, w);
+
+		if (taken)
+			return taken;
+	}
 	neighbour = pod ? find_plain_neighbour(p, pod) : NULL;
 	if (neighbour && !has_local_entries())
 		return to_pod(ctx, p, neighbour, false);
 	connection = find_connection(&p->flow);
 	if (connection && is_reopened(connection, p)) {
-		reverse(&w->to, &connection->to);
+		pair_of(&w->to, &p->flow, connection);
 		forget_connection(&w->to);
 		forget_connection(&p->flow);
 		connection = NULL;
 	}
-	if (!connection)
-		return neighbour && !is_shadowed(w) ? to_pod(ctx, p, neighbour, false) :
-						      begin(ctx, w, place);
+	if (!connection) {
+		int verdict = neighbour && !is_shadowed(w) ? to_pod(ctx, p, neighbour, false) :
+							     begin(ctx, w, place);
+
+		return with_dsr && verdict == LEAD ? lead(ctx, w) : verdict;
+	}
 	touch(connection, p);
 	if (!(connection->flags & CONNECTION_TRANSLATED))
 		return send(ctx, p, place, false, false);
 	w->to = connection->to;
+	if (with_dsr && (connection->flags & (CONNECTION_DSR | CONNECTION_REPLY)) == CONNECTION_DSR) {
+		w->tell = wants_option(p) && has_room(ctx, p, &w->to);
+		return lead(ctx, w);
+	}
 	return translate(ctx, w, place);
 }
 

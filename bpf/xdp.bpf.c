@@ -4,7 +4,7 @@
  * answers. Everything else is passed on untouched, and tcx decides.
  */
 #define PODWIRE_XDP
-#include "masquerade.h"
+#include "dsr.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -78,7 +78,7 @@ __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 	if (find_service(&p->flow, &frontend, &reason) != VERDICT_TRANSLATE || !frontend ||
 	    choose(&p->flow, frontend, xdp_origin(&p->flow.source), &p->flow.source, &w->choice) !=
 		    VERDICT_TRANSLATE ||
-	    !w->choice.masquerade)
+	    !w->choice.masquerade || may_lead(&p->flow.source, &w->choice))
 		return XDP_PASS;
 	w->to = p->flow;
 	w->to.destination = w->choice.backend.address;
@@ -115,7 +115,8 @@ int from_driver(struct xdp_md *ctx)
 	connection = find_connection(&p->flow);
 	if (!connection)
 		return xdp_begin(ctx, w);
-	if (!(connection->flags & CONNECTION_TRANSLATED) || is_reopened(connection, p))
+	if (!(connection->flags & CONNECTION_TRANSLATED) || is_reopened(connection, p) ||
+	    (connection->flags & CONNECTION_DSR && wants_option(p)))
 		return XDP_PASS;
 	w->to = connection->to;
 	if (!leaves_here(ctx, &w->to, &route))

@@ -55,7 +55,7 @@ class DataPath:
 
     def nodes(self) -> Part[RouteTable]:
         if self.programs is not None:
-            return EbpfNodesPart(self.programs)
+            return EbpfNodesPart(self.programs, masquerade=self._options.masquerade)
         if self.name == "iptables":
             return IptablesNodesPart(flavour=self._flavour)
         return NftablesNodesPart()

@@ -46,13 +46,15 @@ def make_programs(options: Options) -> Programs:
         wanted.append("masquerade")
     if options.routing == "vxlan" and "nodes" in options.parts:
         wanted.append("overlay")
+    if options.lb_mode == "dsr":
+        wanted.append("dsr")
     programs.enable(*wanted)
     return programs
 
 
 def balancing(options: Options) -> Balancing:
     """How Services are balanced."""
-    return Balancing(options.lb_algorithm, options.maglev_table_size)
+    return Balancing(options.lb_algorithm, options.maglev_table_size, options.lb_mode)
 
 
 def make_uplinks(programs: Programs, options: Options, addresses: Iterable[Address]) -> Uplinks:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import yaml
 
-from podwire.datapath.ebpf.balancing import ALGORITHMS
+from podwire.datapath.ebpf.balancing import ALGORITHMS, MODES
 from podwire.datapath.ebpf.maglev import DEFAULT_SIZE, SIZES
 from podwire.datapath.ebpf.uplinks import ACCELERATIONS
 from podwire.errors import ConfigError, InvalidObject
@@ -65,6 +65,7 @@ class Options:
     # Services from outside the cluster, in the words of Cilium's loadBalancer section; eBPF only
     lb_algorithm: str = "random"
     maglev_table_size: int = DEFAULT_SIZE
+    lb_mode: str = "snat"
     lb_acceleration: str = "disabled"
     conntrack: ConntrackOptions = ConntrackOptions()
     healthz_bind_address: str = "0.0.0.0:10256"
@@ -88,6 +89,7 @@ class Options:
             ("--datapath", self.datapath, DATAPATHS),
             ("--lb-algorithm", self.lb_algorithm, ALGORITHMS),
             ("--maglev-table-size", self.maglev_table_size, SIZES),
+            ("--lb-mode", self.lb_mode, MODES),
             ("--lb-acceleration", self.lb_acceleration, ACCELERATIONS),
         ):
             if value not in allowed:
@@ -125,10 +127,18 @@ class Options:
     def _check_balancing(self) -> None:
         for flag, value, default in (
             ("--lb-algorithm", self.lb_algorithm, "random"),
+            ("--lb-mode", self.lb_mode, "snat"),
             ("--lb-acceleration", self.lb_acceleration, "disabled"),
         ):
             if value != default and self.datapath != "ebpf":
                 raise ConfigError(f"{flag} {value} needs --datapath ebpf")
+        if self.lb_mode == "dsr" and self.routing != "direct":
+            raise ConfigError(
+                "--lb-mode dsr needs --routing direct: packets travel to the backend's node with "
+                "the client's address and an option of their own, which plain VXLAN hides"
+            )
+        if self.lb_mode == "dsr" and "nodes" not in self.parts:
+            raise ConfigError("--lb-mode dsr needs the part nodes: it must know the other nodes")
 
 
 def _duration_s(value: object, where: str) -> float | None:

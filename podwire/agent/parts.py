@@ -167,7 +167,7 @@ def _add_nodes(built: Built, options: Options) -> None:
     if programs is not None and options.routing == "vxlan":
         tunnels = OverlayPart(programs)
         built.syncs.append(Sync("overlay", (Node,), compiler.update, tunnels))
-    if options.masquerade:
+    if options.masquerade or options.lb_mode == "dsr":
         part = built.datapath.nodes()
         built.syncs.append(Sync("masquerade", (Node,), compiler.update, part))
     built.requirements += FORWARDING

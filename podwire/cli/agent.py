@@ -11,6 +11,7 @@ from podwire.agent.options import (
     ACCELERATIONS,
     ALGORITHMS,
     DATAPATHS,
+    MODES,
     PARTS,
     ROUTINGS,
     WIRINGS,
@@ -43,6 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how traffic from outside gets a backend; needs eBPF (%(default)s)")  # fmt: skip
     add("--maglev-table-size", type=int, default=default.maglev_table_size, metavar="PRIME",
         help="entries: 100 for each backend of the largest Service (%(default)s)")  # fmt: skip
+    add("--lb-mode", choices=MODES, default=default.lb_mode,
+        help="dsr: backends elsewhere answer clients themselves; needs eBPF")  # fmt: skip
     add("--lb-acceleration", choices=ACCELERATIONS, default=default.lb_acceleration,
         help="XDP for traffic to other nodes' backends; needs eBPF (%(default)s)")  # fmt: skip
     add("--healthz-bind-address", help=f"default {default.healthz_bind_address}")
@@ -74,6 +77,7 @@ def options_from(args: argparse.Namespace) -> Options:
         "datapath": "nftables" if args.datapath == "ipvs" else args.datapath,
         "cut_established": args.policy_cut_established,
         "lb_algorithm": args.lb_algorithm,
+        "lb_mode": args.lb_mode,
         "lb_acceleration": args.lb_acceleration,
         "maglev_table_size": args.maglev_table_size,
         "masquerade": not args.no_masquerade,

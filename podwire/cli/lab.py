@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from podwire.agent.options import ACCELERATIONS, ALGORITHMS, Options
+from podwire.agent.options import ACCELERATIONS, ALGORITHMS, MODES, Options
 from podwire.errors import ConfigError, PodwireError
 from podwire.lab import manifests, state
 from podwire.lab.cluster import UNREADY_TIMEOUT_S, Lab
@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     up.add_argument("--wiring", choices=("bridge", "routed", "vpc"), default="bridge")
     up.add_argument("--datapath", choices=("auto", "nftables", "iptables", "ebpf"), default="auto")
     up.add_argument("--lb-algorithm", choices=ALGORITHMS, default="random")
+    up.add_argument("--lb-mode", choices=MODES, default="snat")
     up.add_argument("--lb-acceleration", choices=ACCELERATIONS, default="disabled")
     up.add_argument(
         "--instance-type", default="m5.large", help="of the nodes, with --wiring vpc (%(default)s)"
@@ -98,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _up(args: argparse.Namespace) -> int:
     # what no agent would start with is said here, before anything is made
-    agent = {"lb_algorithm": args.lb_algorithm, "lb_acceleration": args.lb_acceleration}
+    balancing = ("lb_algorithm", "lb_mode", "lb_acceleration")
+    agent = {name: getattr(args, name) for name in balancing}
     Options(wiring=args.wiring, routing=args.routing, datapath=args.datapath, **agent).checked()
     found = manifests.read(args.file)
     terminal = Terminal()

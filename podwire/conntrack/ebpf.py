@@ -11,7 +11,7 @@ from podwire.kernel.ctnetlink.counting import MOST_KEYS, flow_key
 from podwire.kernel.ctnetlink.filters import EVERYTHING
 from podwire.net import Protocol
 
-_REPLY = 2  # connection_flag of bpf/conntrack.h
+_REPLY, _DSR = 2, 16  # connection_flag of bpf/conntrack.h
 _DATA, _FIN, _RST = 2, 4, 8  # connection_state
 
 
@@ -46,7 +46,9 @@ class EbpfSource:
             to, _, _, state, flags = CONNECTION.unpack(value)
             if flags & _REPLY:
                 continue
-            entry = _entry(key, to, state, answered=_reversed(to) not in unanswered)
+            # with DSR, answers go another way
+            answered = bool(flags & _DSR) or _reversed(to) not in unanswered
+            entry = _entry(key, to, state, answered=answered)
             if filter_.fits(entry):
                 yield entry
 

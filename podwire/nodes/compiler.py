@@ -112,6 +112,7 @@ class RouteCompiler:
             frozenset(_tunnel_addresses(own_prefixes)) if vxlan else frozenset(),
             frozenset(own_prefixes),
             self._cluster_prefixes(owners),
+            self._node_addresses(),
             MappingProxyType(owners),
             MappingProxyType(problems),
         )
@@ -135,9 +136,11 @@ class RouteCompiler:
     def _cluster_prefixes(self, owners: Mapping[Prefix, str]) -> frozenset[Prefix]:
         prefixes = self._no_masquerade | owners.keys()
         if not self._masquerade_to_nodes:
-            addresses = (a for facts in self._facts.values() for a in facts.addresses)
-            prefixes |= {Prefix(address, len(address) * 8) for address in addresses}
+            prefixes |= {Prefix(each, len(each) * 8) for each in self._node_addresses()}
         return frozenset(prefixes)
+
+    def _node_addresses(self) -> frozenset[Address]:
+        return frozenset(a for facts in self._facts.values() for a in facts.addresses)
 
 
 def tunnel_mac(node: str) -> bytes:

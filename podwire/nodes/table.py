@@ -65,7 +65,8 @@ class RouteTable:
 
     `tunnel_addresses` (one per family) and `tunnel_mac` are this node's own on the VXLAN device,
     `underlay` is its address there and for direct routing. `cluster_prefixes` are what pods reach
-    with their own address, `pod_prefixes` this node's own pods. `owners` says whose a prefix is.
+    with their own address, `pod_prefixes` this node's own pods, `node_addresses` are all nodes'.
+    `owners` says whose a prefix is.
     """
 
     node: str
@@ -78,6 +79,7 @@ class RouteTable:
     tunnel_addresses: frozenset[Address] = frozenset()
     pod_prefixes: frozenset[Prefix] = frozenset()
     cluster_prefixes: frozenset[Prefix] = frozenset()
+    node_addresses: frozenset[Address] = frozenset()
     owners: Mapping[Prefix, str] = field(default_factory=lambda: MappingProxyType({}))
     problems: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 

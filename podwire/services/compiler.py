@@ -271,12 +271,16 @@ class ServiceCompiler:
         if name.protocol == Protocol.UDP:
             serving = tuple(sorted(b for b, s in found.items() if s.bits & endpoints.SERVING))
             serving = chosen.cluster if serving == chosen.cluster else serving
+        hosted: tuple[bytes, ...] = ()
+        if external and not port.external_local:
+            hosted = tuple(sorted(b for b, s in found.items() if endpoints.serves_here(s)))
         return ServicePort(
             name=name,
             frontends=frontends,
             cluster=chosen.cluster,
             local=chosen.cluster if chosen.local == chosen.cluster else chosen.local,
             on_node=chosen.on_node,
+            hosted=chosen.on_node if hosted == chosen.on_node else hosted,
             serving=serving,
             has_endpoints=chosen.has_endpoints,
             internal_local=port.internal_local,

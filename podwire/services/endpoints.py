@@ -32,6 +32,11 @@ class State(NamedTuple):
     hints: EndpointHints | None = None
 
 
+def serves_here(state: State) -> bool:
+    """Whether the endpoint is on this node, and ready or on its way out."""
+    return bool(state.bits & LOCAL and state.bits & (READY | SERVING))
+
+
 class Selection(NamedTuple):
     """The lists of one port, sorted; see `ServicePort`."""
 

@@ -86,6 +86,8 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Backends on this node, under policy Local."""
     on_node: tuple[Backend, ...] = ()
     """Those of both lists that run on this node: a client among them may reach itself."""
+    hosted: tuple[Backend, ...] = ()
+    """With external policy Cluster: all on this node that another node may choose."""
     serving: tuple[Backend, ...] = ()
     """UDP only: all that serve, whatever policy and topology say; their flows are not stale."""
     has_endpoints: bool = False

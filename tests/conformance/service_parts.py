@@ -1,6 +1,6 @@
 """The Services part of a data path, by name: `nftables`, `iptables-legacy`, `ebpf-maglev+xdp`.
 
-Behind the dash: a flavour of iptables, or options of eBPF (`maglev`; `xdp`: generic, at the uplink).
+Behind the dash: a flavour of iptables, or options of eBPF (`maglev`; `xdp`: generic).
 """
 
 from __future__ import annotations

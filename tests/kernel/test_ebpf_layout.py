@@ -41,6 +41,7 @@ STRUCTS = {
 ENUMS = {
     "reason": ("REASON_", layout.Reason),
     "frontend_flag": ("FRONTEND_", layout.FrontendFlag),
+    "member_list": ("MEMBER_", layout.MemberList),
     "address_flag": ("ADDRESS_", layout.AddressFlag),
     "prefix_flag": ("PREFIX_", layout.PrefixFlag),
     "interface_flag": ("INTERFACE_", layout.InterfaceFlag),

@@ -9,6 +9,7 @@ from podwire.datapath.ebpf.spelling import external_list
 from podwire.services import ServicePort
 
 ALGORITHMS = ("random", "maglev")
+MODES = ("snat", "dsr")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Balancing:
 
     algorithm: str = "random"
     table_size: int = maglev.DEFAULT_SIZE
+    mode: str = "snat"
+    """Whether a backend on another node is asked by this node, or answers the client itself."""
 
     def has_table(self, port: ServicePort) -> bool:
         """Whether external traffic to `port` goes by a Maglev table."""
@@ -34,10 +37,13 @@ class Balancing:
         """How external traffic to `port` is balanced, in words."""
         if not port.externally_accessible:
             return ""
+        how = "at random"
         if self.has_table(port):
-            return f"by a Maglev table of {self.table_size} entries"
-        return "at random"
+            how = f"by a Maglev table of {self.table_size} entries"
+        if self.mode == "dsr" and not port.external_local:
+            how += ", other nodes' backends answer the client directly"
+        return how
 
     def words(self) -> dict[str, object]:
         """For the status."""
-        return {"algorithm": self.algorithm, "table_size": self.table_size}
+        return {"algorithm": self.algorithm, "table_size": self.table_size, "mode": self.mode}

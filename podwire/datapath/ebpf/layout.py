@@ -19,7 +19,7 @@ FRONTEND_KEY = struct.Struct("=16s2sB5x")  # address, port, protocol
 FRONTEND = struct.Struct("=IIIIIIIII")  # service, flags, affinity_s, cluster, local, maglev slots
 MAGLEV = struct.Struct("=4H")  # entries of a table, each a place in the list of backends
 BACKEND = struct.Struct("=16s2sHI")  # address, port, flags, service
-MEMBER_KEY = struct.Struct("=16sI2sH")  # address, service, port, local
+MEMBER_KEY = struct.Struct("=16sI2sH")  # address, service, port, list
 RANGE_KEY = struct.Struct("=II16s")  # length, service, address
 PREFIX_KEY = struct.Struct("=I4x16s")  # length (32 more than the prefix), address
 SETTINGS = struct.Struct("=16s16sII")  # node's IPv4 and IPv6, detect_local, overlay's interface
@@ -54,7 +54,16 @@ class FrontendFlag(IntFlag):
     RANGED = 4
     MASQUERADE = 8
     HAS_ENDPOINTS = 16
+    DSR = 64
     ANY_ADDRESS = 32
+
+
+class MemberList(IntEnum):
+    """Which list of a Service port an entry of `members` is about."""
+
+    CLUSTER = 0
+    LOCAL = 1
+    HERE = 2
 
 
 class AddressFlag(IntFlag):
@@ -83,6 +92,8 @@ class EndpointFlag(IntFlag):
 class NetworkFlag(IntFlag):
     OWN_PODS = 1
     CLUSTER = 2
+    PODS = 4
+    NODE = 8
 
 
 class RuleVerdict(IntEnum):
@@ -122,6 +133,7 @@ class Reason(IntEnum):
     AFFINITY_FULL = 16
     EVENTS_LOST = 17
     REPLACED = 18
+    LED_ASTRAY = 19
 
 
 def mapped(address: Address) -> bytes:

@@ -13,7 +13,7 @@ from podwire.datapath.ebpf.layout import NUMBER, PREFIX_KEY, NetworkFlag, mapped
 from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel import address
 from podwire.kernel.netlink import NetlinkSocket
-from podwire.net import Prefix
+from podwire.net import Address, Prefix
 from podwire.nodes import RouteTable
 
 
@@ -25,13 +25,16 @@ class NodesPart:
         Requirement("net.ipv6.conf.all.forwarding", "1", "pods are behind this node"),
     )
 
-    def __init__(self, programs: Programs) -> None:
+    def __init__(self, programs: Programs, *, masquerade: bool = True) -> None:
+        """Without `masquerade` the networks are only known, as DSR needs."""
         self._programs = programs
+        self._masquerade = masquerade
         self._table: RouteTable | None = None
 
     def start(self) -> None:
         """Load and attach. Raises Unsupported or KernelError."""
-        self._programs.enable("masquerade")
+        if self._masquerade:
+            self._programs.enable("masquerade")
 
     def apply(self, table: RouteTable) -> None:
         """Make the map hold `table`'s prefixes."""
@@ -62,23 +65,37 @@ class NodesPart:
 
 
 def _entries(programs: Programs, table: RouteTable) -> dict[bytes, bytes]:
-    flagged = [(prefix, NetworkFlag.OWN_PODS) for prefix in table.pod_prefixes]
-    flagged += [(prefix, NetworkFlag.CLUSTER) for prefix in table.cluster_prefixes]
-    with NetlinkSocket(
-        netns_fd=programs.netns_fd
-    ) as netlink:  # what goes to the node itself does not leave
+    """The map: the longest match must carry the flags of those around it, too."""
+    with NetlinkSocket(netns_fd=programs.netns_fd) as netlink:
         own = {each.address for each in address.dump(netlink)}
-    flagged += [(Prefix(each, len(each) * 8), NetworkFlag.CLUSTER) for each in own]
+    said: dict[Prefix, NetworkFlag] = {}
+    for flag, prefixes in (
+        (NetworkFlag.OWN_PODS, table.pod_prefixes),
+        (NetworkFlag.PODS, (p for p, node in table.owners.items() if node != table.node)),
+        (NetworkFlag.CLUSTER, table.cluster_prefixes),
+        (NetworkFlag.NODE, map(_host, table.node_addresses)),
+        (NetworkFlag.CLUSTER, map(_host, own)),  # what goes to the node itself does not leave
+    ):
+        for prefix in prefixes:
+            said[prefix] = said.get(prefix, NetworkFlag(0)) | flag
+    lengths = {(prefix.bits, prefix.length) for prefix in said}
     out: dict[bytes, bytes] = {}
-    for prefix, _ in flagged:
+    for prefix in said:
         flags = NetworkFlag(0)
-        for other, flag in flagged:
-            if _covers(other, prefix):
-                flags |= flag
+        for bits, length in lengths:
+            if bits == prefix.bits and length <= prefix.length:
+                flags |= said.get(_around(prefix, length), NetworkFlag(0))
         length = 32 + mapped_length(prefix.address, prefix.length)
         out[PREFIX_KEY.pack(length, mapped(prefix.address))] = NUMBER.pack(flags)
     return out
 
 
-def _covers(wide: Prefix, narrow: Prefix) -> bool:
-    return wide.bits == narrow.bits and wide.covers(narrow)
+def _host(address: Address) -> Prefix:
+    return Prefix(address, len(address) * 8)
+
+
+def _around(prefix: Prefix, length: int) -> Prefix:
+    """The prefix of that length which covers this one."""
+    host = prefix.bits - length
+    number = int.from_bytes(prefix.address, "big") >> host << host
+    return Prefix(number.to_bytes(len(prefix.address), "big"), length)

@@ -153,7 +153,7 @@ class Programs:
         return frozenset(self._features)
 
     def enable(self, *wanted: str) -> None:
-        """Switch parts on: ``services``, ``policy``, ``pods``, ``masquerade`` or ``overlay``.
+        """Switch on ``services``, ``policy``, ``pods``, ``masquerade``, ``overlay`` or ``dsr``.
 
         What is loaded already is loaded anew with them and replaced. Whoever needs several names
         them together: programs that judge are then never replaced by programs that do not.
@@ -422,6 +422,7 @@ class Programs:
             "with_pods": flag("pods"),
             "with_masquerade": flag("masquerade"),
             "with_overlay": flag("overlay"),
+            "with_dsr": flag("dsr"),
             "node_netns_cookie": COOKIE.pack(netns_cookie(self._netns_fd)),
         }
 

@@ -21,6 +21,7 @@ from podwire.datapath.ebpf.layout import (
     MEMBER_KEY,
     NUMBER,
     FrontendFlag,
+    MemberList,
     mapped,
 )
 from podwire.datapath.ebpf.programs import Programs
@@ -265,7 +266,10 @@ class ServicesPart:
             if old and name.protocol == Protocol.UDP
             for backend in set(old.serving).difference(new.serving if new else ())
         ]
-        stale = [MEMBER_KEY.pack(mapped(b[:-2]), service, b[-2:], 0) for service, b in gone]
+        stale = [
+            MEMBER_KEY.pack(mapped(b[:-2]), service, b[-2:], MemberList.CLUSTER)
+            for service, b in gone
+        ]
         stale += self._claimed(ports)
         if stale:
             self.connections.forget(stale)
@@ -282,7 +286,8 @@ class ServicesPart:
                     size = 4 if name.family == 4 else 16
                     own = [each for each in self._own if len(each) == size]
                     for each in [address] if address else own:
-                        yield MEMBER_KEY.pack(mapped(each), 0, port.to_bytes(2, "big"), 0)
+                        number = port.to_bytes(2, "big")
+                        yield MEMBER_KEY.pack(mapped(each), 0, number, MemberList.CLUSTER)
 
     # --- everything ----------------------------------------------------------------------------
 
@@ -370,12 +375,13 @@ class ServicesPart:
     # --- maps ----------------------------------------------------------------------------------
 
     def _entries(self, kind: str, ports: Iterable[_Held], settings: Settings) -> dict[bytes, bytes]:
+        dsr = self.balancing.mode == "dsr"
         out: dict[bytes, bytes] = {}
         for port, lease in ports:
             if kind == "frontends":
-                out.update(spelling.frontends(port, lease, settings))
+                out.update(spelling.frontends(port, lease, settings, dsr=dsr))
             elif kind == "members":
-                out.update(spelling.members(port, lease))
+                out.update(spelling.members(port, lease, dsr=dsr))
             else:
                 out.update(spelling.ranges(port, lease))
         return out

@@ -22,6 +22,7 @@ from podwire.datapath.ebpf.layout import (
     AddressFlag,
     DetectBy,
     FrontendFlag,
+    MemberList,
     PrefixFlag,
     mapped,
     mapped_length,
@@ -74,7 +75,9 @@ def frontend_key(port: ServicePort, frontend: Frontend) -> bytes:
     return FRONTEND_KEY.pack(address, frontend.port.to_bytes(2, "big"), port.name.protocol)
 
 
-def frontends(port: ServicePort, lease: Lease, settings: Settings) -> Iterator[tuple[bytes, bytes]]:
+def frontends(
+    port: ServicePort, lease: Lease, settings: Settings, *, dsr: bool = False
+) -> Iterator[tuple[bytes, bytes]]:
     """Keys and values of the `frontends` map."""
     for frontend in port.frontends:
         flags = FrontendFlag.HAS_ENDPOINTS if port.has_endpoints else FrontendFlag(0)
@@ -84,6 +87,8 @@ def frontends(port: ServicePort, lease: Lease, settings: Settings) -> Iterator[t
         if frontend.kind != FrontendKind.CLUSTER_IP:
             flags |= FrontendFlag.EXTERNAL
             maglev = lease.maglev
+            if dsr:
+                flags |= FrontendFlag.DSR
         elif settings.config.masquerade_all:
             flags |= FrontendFlag.MASQUERADE
         if port.is_local(frontend.kind):
@@ -108,13 +113,17 @@ def needs_members(port: ServicePort) -> bool:
     return port.affinity_timeout_s > 0 or port.name.protocol == Protocol.UDP
 
 
-def members(port: ServicePort, lease: Lease) -> Iterator[tuple[bytes, bytes]]:
+def members(port: ServicePort, lease: Lease, *, dsr: bool = False) -> Iterator[tuple[bytes, bytes]]:
     """Keys of the `members` map, with a value that says nothing."""
+    lists: list[tuple[MemberList, tuple[Backend, ...]]] = []
     if needs_members(port):
-        for local, backends in enumerate((port.cluster, port.local)):
-            for backend in backends:
-                key = MEMBER_KEY.pack(mapped(backend[:-2]), lease.service, backend[-2:], local)
-                yield key, _PRESENT
+        lists += [(MemberList.CLUSTER, port.cluster), (MemberList.LOCAL, port.local)]
+    if dsr and port.externally_accessible:
+        lists.append((MemberList.HERE, port.hosted))
+    for list_, backends in lists:
+        for backend in backends:
+            address, number = mapped(backend[:-2]), backend[-2:]
+            yield MEMBER_KEY.pack(address, lease.service, number, list_), _PRESENT
 
 
 def ranges(port: ServicePort, lease: Lease) -> Iterator[tuple[bytes, bytes]]:

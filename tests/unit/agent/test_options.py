@@ -91,6 +91,15 @@ def test_flags_are_checked(options: Options) -> None:
         ({"lb_algorithm": "maglev"}, "--lb-algorithm maglev needs --datapath ebpf"),
         ({"maglev_table_size": 1000}, "--maglev-table-size takes one of 251, 509"),
         ({"lb_acceleration": "native"}, "--lb-acceleration native needs --datapath ebpf"),
+        ({"lb_mode": "dsr"}, "--lb-mode dsr needs --datapath ebpf"),
+        (
+            {"lb_mode": "dsr", "datapath": "ebpf", "parts": ("services",)},
+            "--lb-mode dsr needs the part nodes",
+        ),
+        (
+            {"lb_mode": "dsr", "datapath": "ebpf", "routing": "vxlan"},
+            "--lb-mode dsr needs --routing direct",
+        ),
         ({"lb_algorithm": "least"}, "--lb-algorithm takes one of random, maglev"),
     ],
 )

@@ -1,0 +1,239 @@
+"""Two nodes and a client on one network, for what eBPF does between nodes.
+
+client ─┐
+node a ─┼─ fabric (a bridge)
+node b ─┘   └ behind b: a pod
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import uuid
+
+from podwire.datapath.ebpf.balancing import Balancing
+from podwire.datapath.ebpf.nodes import NodesPart
+from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.programs import Programs
+from podwire.datapath.ebpf.services import ServicesPart
+from podwire.kernel import netns
+from podwire.kernel.bpf import pins
+from podwire.net import Prefix, parse_address, parse_prefix
+from podwire.nodes import RouteTable
+
+CLIENT = {4: "198.18.0.9", 6: "fd18::9"}
+NODES = {"a": {4: "198.18.0.1", 6: "fd18::1"}, "b": {4: "198.18.0.2", 6: "fd18::2"}}
+POD = {4: "10.244.2.5", 6: "fd44:2::5"}
+POD_CIDRS = {
+    "a": ("10.244.1.0/24", "fd44:1::/64"),
+    "b": ("10.244.2.0/24", "fd44:2::/64"),
+}
+VIP = {4: "192.0.2.7", 6: "fd00:7::7"}
+GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
+HOST_MAC, POD_MAC = "02:00:00:00:05:01", "02:00:00:00:05:02"
+MACS = {name: f"02:00:00:00:04:0{number}" for number, name in enumerate(("client", "a", "b"), 1)}
+ADDRESSES = {"client": CLIENT, **NODES}
+
+
+class Node:
+    """The eBPF data path of one node, Services balanced as told."""
+
+    def __init__(self, name, space, balancing, features=()):
+        self.space = space
+        self.programs = Programs(name, space)
+        self.services = ServicesPart(programs=self.programs, balancing=balancing)
+        self.nodes = NodesPart(self.programs)
+        self.programs.enable("services", "pods", "masquerade", *features)
+
+    def apply(self, table):
+        self.services.apply(table)
+
+    def outcomes(self):
+        return self.programs.outcomes()
+
+
+class Nodes:
+    """Namespaces by name (`client`, `a`, `b`, `pod`); closed at the end of the test."""
+
+    def __init__(self):
+        self.spaces = {name: netns.create() for name in ("fabric", "client", "a", "b", "pod")}
+        self._closing = contextlib.ExitStack()
+        for fd in self.spaces.values():
+            self._closing.callback(os.close, fd)
+            self.batch(fd, "link set lo up")
+            self.run(fd, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0")
+        self.batch(self.spaces["fabric"], "link add br0 type bridge", "link set br0 up")
+        for name in MACS:
+            self._plug(name)
+        self._wire_pod()
+        for name in ("a", "b"):
+            for key in ("ipv4.ip_forward", "ipv6.conf.all.forwarding", "ipv4.conf.lo.accept_local"):
+                self.run(self.spaces[name], "sysctl", "-qw", f"net.{key}=1")
+            self.run(self.spaces[name], "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=2")
+        self._known()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._closing.close()
+
+    def start(self, name, balancing=None, features=("dsr",)):
+        """The data path of node `name`, which knows the other node."""
+        pin = f"pwt-{os.getpid()}-{uuid.uuid4().hex[:6]}-{name}"
+        self._closing.callback(self._unpin, pin)
+        node = Node(pin, self.spaces[name], balancing or Balancing(mode="dsr"), features)
+        self._closing.callback(node.programs.close)
+        owners = {parse_prefix(cidr): each for each in NODES for cidr in POD_CIDRS[each]}
+        own = {parse_prefix(cidr) for cidr in POD_CIDRS[name]}
+        everybody = {parse_address(text) for each in NODES.values() for text in each.values()}
+        hosts = {Prefix(each, len(each) * 8) for each in everybody}
+        node.nodes.apply(
+            RouteTable(
+                name,
+                "direct",
+                pod_prefixes=frozenset(own),
+                cluster_prefixes=frozenset(owners) | hosts,
+                node_addresses=frozenset(everybody),
+                owners=owners,
+            )
+        )
+        if name == "b":
+            addresses = tuple(parse_address(text) for text in POD.values())
+            macs = [bytes.fromhex(mac.replace(":", "")) for mac in (HOST_MAC, POD_MAC)]
+            pods = EbpfPods(node.programs)
+            pods.add(PodLink(self.ifindex("b", "pod0"), *macs, addresses))
+        return node
+
+    @staticmethod
+    def _unpin(pin):
+        if (pins.ROOT / "podwire" / pin).exists():
+            pins.remove(pins.ROOT / "podwire" / pin)
+
+    def run(self, space, *command):
+        done = netns.run(space, command, timeout_s=20)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def batch(self, space, *lines):
+        done = netns.run(space, ["ip", "-batch", "-"], stdin="\n".join(lines), timeout_s=20)
+        assert done.returncode == 0, done.stderr
+
+    def ifindex(self, space, name):
+        return netns.call(self.spaces[space], lambda: socket.if_nametoindex(name))
+
+    def _plug(self, name):
+        fabric, space = self.spaces["fabric"], self.spaces[name]
+        self.batch(
+            fabric,
+            f"link add to-{name} type veth peer name up0 address {MACS[name]} "
+            f"netns /proc/{os.getpid()}/fd/{space}",
+            f"link set to-{name} master br0 up",
+        )
+        self.batch(
+            space,
+            f"addr add {ADDRESSES[name][4]}/24 dev up0",
+            f"addr add {ADDRESSES[name][6]}/64 dev up0 nodad",
+            "link set up0 up",
+        )
+
+    def _known(self):
+        """Permanent neighbours, and each one's way to the others' pods and to the Service."""
+        for name in MACS:
+            others = [other for other in MACS if other != name]
+            self.batch(
+                self.spaces[name],
+                *(
+                    f"neigh add {ADDRESSES[other][f]} lladdr {MACS[other]} dev up0"
+                    for other in others
+                    for f in (4, 6)
+                ),
+            )
+        for name in ("a", "client"):
+            self.batch(
+                self.spaces[name],
+                *(
+                    f"route add {cidr} via {NODES['b'][f]}"
+                    for f, cidr in zip((4, 6), POD_CIDRS["b"], strict=True)
+                ),
+            )
+        self.batch(
+            self.spaces["client"],
+            *(f"route add {VIP[f]} via {NODES['a'][f]}" for f in (4, 6)),
+        )
+
+    def _wire_pod(self):
+        node, pod = self.spaces["b"], self.spaces["pod"]
+        self.batch(
+            node,
+            f"link add pod0 address {HOST_MAC} type veth peer name eth0 address {POD_MAC} "
+            f"netns /proc/{os.getpid()}/fd/{pod}",
+            "link set pod0 up",
+            f"route add {POD[4]}/32 dev pod0",
+            f"route add {POD[6]}/128 dev pod0",
+            *(f"neigh add {POD[f]} lladdr {POD_MAC} dev pod0 nud permanent" for f in (4, 6)),
+        )
+        self.batch(
+            pod,
+            f"addr add {POD[4]}/32 dev eth0",
+            f"addr add {POD[6]}/128 dev eth0 nodad",
+            "link set eth0 up",
+            *(f"neigh add {GATEWAY[f]} lladdr {HOST_MAC} dev eth0 nud permanent" for f in (4, 6)),
+            *(f"route add default via {GATEWAY[f]} dev eth0 onlink" for f in (4, 6)),
+        )
+
+    def serve(self, space, address, port, kind=socket.SOCK_STREAM):
+        """Answer with the client's address and the size of what it sent, then the same again."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = netns.socket(self.spaces[space], family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        if kind == socket.SOCK_STREAM:
+            listener.listen(64)
+
+        def talk(client, peer):
+            with contextlib.suppress(OSError), client:
+                while data := client.recv(1 << 20):
+                    client.sendall(f"{peer[0]} {len(data)} ".encode() + data)
+
+        def loop():
+            with contextlib.suppress(OSError):
+                while True:
+                    if kind == socket.SOCK_STREAM:
+                        threading.Thread(target=talk, args=listener.accept(), daemon=True).start()
+                    else:
+                        data, peer = listener.recvfrom(65536)
+                        if peer is None:
+                            return
+                        listener.sendto(f"{peer[0]} {len(data)} ".encode() + data, peer)
+
+        threading.Thread(target=loop, daemon=True).start()
+
+        def stop():
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+        self._closing.callback(stop)
+
+    def connect(self, address, port, kind=socket.SOCK_STREAM, *, space="client", source_port=0):
+        """A connected socket of the client; the caller closes it."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        client = netns.socket(self.spaces[space], family, kind)
+        client.settimeout(5)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if source_port:
+            client.bind(("", source_port))
+        client.connect((address, port))
+        return client
+
+
+def ask(client, data=b"who"):
+    """``(client as the server saw it, bytes that it got)``."""
+    client.sendall(data)
+    seen, size, echoed = client.recv(1 << 20).split(b" ", 2)
+    wanted = int(size)
+    while len(echoed) < wanted:
+        echoed += client.recv(1 << 20)
+    assert echoed == data[:wanted]
+    return seen.decode(), wanted

@@ -1,0 +1,303 @@
+"""Direct server return between two nodes: what the server sees, what the client gets, and what
+happens when the option does not fit, comes from somebody else, or meets another connection.
+"""
+
+import contextlib
+import os
+import socket
+import struct
+import time
+
+import pytest
+
+from podwire.datapath.ebpf.layout import CONNECTION
+from podwire.datapath.ebpf.programs import OBJECTS
+from podwire.kernel import netns
+from podwire.kernel.bpf import features
+from podwire.net import Protocol, parse_address, parse_prefix
+from podwire.services import (
+    DetectLocal,
+    Frontend,
+    FrontendKind,
+    NodeFacts,
+    NodePortScope,
+    ProxyConfig,
+    ServicePort,
+    ServicePortName,
+    ServiceTable,
+    Settings,
+    backend,
+)
+from podwire.services.shared_map import SharedMap
+from tests.conformance import service_packets as packets
+from tests.kernel.ebpf_nodes import CLIENT, MACS, NODES, POD, POD_CIDRS, VIP, Nodes, ask
+from tests.kernel.test_ebpf_programs import assert_sound
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+]
+if os.geteuid() == 0 and features.missing():
+    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+
+TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
+DROP, REDIRECT = 2, 7
+
+
+def make_port(name, number, family, kind, *, here, backends=None, **fields):
+    """A Service at node port 30000 + number and at the load balancer's address."""
+    pod = backend(parse_address(POD[family]), 80)
+    chosen = (pod,) if backends is None else backends
+    return ServicePort(
+        name=ServicePortName(
+            "default", name, "", Protocol.TCP if kind == TCP else Protocol.UDP, family
+        ),
+        frontends=(
+            Frontend(FrontendKind.NODE_PORT, b"", 30000 + number),
+            Frontend(FrontendKind.LOAD_BALANCER, parse_address(VIP[family]), number),
+        ),
+        cluster=chosen,
+        on_node=chosen if here else (),
+        hosted=chosen if here else (),
+        has_endpoints=True,
+        **fields,
+    )
+
+
+def make_table(node, ports):
+    prefixes = tuple(parse_prefix(cidr) for cidr in POD_CIDRS[node])
+    config = ProxyConfig(detect_local=DetectLocal(prefixes=prefixes))
+    facts = NodeFacts(node, tuple(parse_address(text) for text in NODES[node].values()))
+    settings = Settings(facts, config, (), {4: NodePortScope(), 6: NodePortScope()})
+    return ServiceTable(settings, SharedMap().changed((port.name, port) for port in ports))
+
+
+BOTH = [(family, kind) for family in (4, 6) for kind in (TCP, UDP)]
+
+
+def make_ports(here):
+    dead = (backend(parse_address(POD[4]), 81),)
+    return [
+        *(make_port(f"web{kind}", 80, family, kind, here=here) for family, kind in BOTH),
+        make_port("other", 90, 4, TCP, here=here),
+        make_port("closed", 91, 4, UDP, here=here, backends=dead),
+    ]
+
+
+@pytest.fixture(scope="module")
+def world():
+    with Nodes() as made:
+        made.a, made.b = made.start("a"), made.start("b")
+        made.a.apply(make_table("a", make_ports(here=False)))
+        made.b.apply(make_table("b", make_ports(here=True)))
+        for family, kind in BOTH:
+            made.serve("pod", POD[family], 80, kind)
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def fresh(world):
+    world.a.services.connections.clear()
+    world.b.services.connections.clear()
+
+
+def targets(family):
+    return [(NODES["a"][family], 30080), (VIP[family], 80)]
+
+
+@pytest.mark.parametrize(("family", "kind"), BOTH)
+def test_the_server_sees_the_client_and_the_client_the_service(world, family, kind):
+    for target in targets(family):
+        with world.connect(*target, kind) as client:
+            assert ask(client) == (CLIENT[family], 3)
+            assert ask(client, b"x" * 1200)[0] == CLIENT[family]
+    # answers do not pass the first node
+    assert all(not state for key, state in states(world.a) if key == POD[family])
+
+
+def states(node):
+    """Source and state of all entries."""
+    for key, value in node.programs.growing["connections"].map.items():
+        source = key[12:16] if key[:12] == bytes(10) + b"\xff\xff" else key[:16]
+        yield (
+            socket.inet_ntop(socket.AF_INET if len(source) == 4 else socket.AF_INET6, source),
+            CONNECTION.unpack(value)[3],
+        )
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_megabyte_both_ways(world, family):
+    with world.connect(NODES["a"][family], 30080) as client:
+        sent = 0
+        while sent < 1 << 20:
+            seen, size = ask(client, os.urandom(60000))
+            assert seen == CLIENT[family]
+            sent += size
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("size", [1472, 5000])
+def test_datagrams_without_room_for_the_option_get_through(world, family, size):
+    """As the first of their flow masqueraded, later as those before them."""
+    size -= 20 if family == 6 else 0
+    target = NODES["a"][family], 30080, UDP
+    with world.connect(*target) as client:
+        assert ask(client, os.urandom(size)) == (NODES["a"][family], size)
+        assert ask(client) == (NODES["a"][family], 3)
+    with world.connect(*target) as client:
+        assert ask(client) == (CLIENT[family], 3)
+        assert ask(client, os.urandom(size)) == (CLIENT[family], size)
+
+
+def test_one_port_of_the_client_for_two_services_with_one_backend(world):
+    """Their answers would be the same on the wire: the second connection is masqueraded."""
+    with (
+        world.connect(NODES["a"][4], 30080, source_port=47000) as first,
+        world.connect(NODES["a"][4], 30090, source_port=47000) as second,
+    ):
+        assert ask(first) == (CLIENT[4], 3)
+        assert ask(second) == (NODES["a"][4], 3)
+        assert ask(first) == (CLIENT[4], 3)
+
+
+def test_a_port_that_is_used_again_gets_a_new_connection(world):
+    for _ in range(3):
+        client = world.connect(NODES["a"][4], 30080, source_port=47001)
+        assert ask(client) == (CLIENT[4], 3)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()  # with a reset
+
+
+def test_the_clients_of_the_cluster_are_masqueraded(world):
+    with world.connect(NODES["a"][4], 30080, space="b") as client:
+        assert ask(client) == (NODES["a"][4], 3)
+
+
+def test_a_refusal_comes_back_under_the_services_address(world):
+    with world.connect(NODES["a"][4], 30091, UDP) as client:
+        client.send(b"anybody?")
+        with pytest.raises(ConnectionRefusedError):
+            client.recv(10)
+
+
+def test_a_connection_survives_that_its_first_node_forgets_it(world):
+    with world.connect(NODES["a"][4], 30080) as client:
+        assert ask(client) == (CLIENT[4], 3)
+        world.a.services.connections.clear()
+        assert ask(client, b"again") == (CLIENT[4], 5)
+
+
+def age(node, seconds):
+    table = node.programs.growing["connections"].map
+    for key, value in list(table.items()):
+        to, seen_s, *rest = CONNECTION.unpack(value)
+        table.update(key, CONNECTION.pack(to, seen_s - seconds, *rest))
+
+
+def test_silence_ends_no_open_connection_and_what_ended_goes_soon(world):
+    with world.connect(NODES["a"][4], 30080) as client:
+        assert ask(client) == (CLIENT[4], 3)
+        for node in (world.a, world.b):
+            age(node, 3600)
+            node.services.connections.expire()
+            assert len(list(node.services.connections.items())) == 2
+        assert ask(client) == (CLIENT[4], 3)
+    for node in (world.a, world.b):
+        deadline = time.monotonic() + 10  # until the server has closed, too
+        while list(node.services.connections.items()) and time.monotonic() < deadline:
+            age(node, 61)
+            node.services.connections.expire()
+        assert list(node.services.connections.items()) == []
+
+
+# --- packets ----------------------------------------------------------------------------------
+
+
+def run(world, node, packet):
+    """``(verdict, IP packet)`` of a packet that comes in from the network."""
+    kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
+    macs = bytes.fromhex((MACS[node] + MACS["client"]).replace(":", ""))
+    context = bytearray(192)
+    struct.pack_into("=I", context, 40, world.ifindex(node, "up0"))
+    program = getattr(world, node).programs.program("from_network")
+    frame = macs + struct.pack(">H", kind) + packet
+
+    def body():
+        return program.test_run(frame, context=bytes(context))
+
+    done = netns.call(world.spaces[node], body)
+    return done.value, done.data[14:]
+
+
+def with_option(packet, service, port):
+    """The packet as another node would lead it here."""
+    address = parse_address(service)
+    if packet[0] >> 4 == 4:
+        option = struct.pack(">BBH", 0x9A, 8, port) + address
+        head = bytearray(packet[:20])
+        head[0] = 0x47
+        head[2:4] = struct.pack(">H", len(packet) + 8)
+        head[10:12] = bytes(2)
+        head[10:12] = struct.pack(">H", packets._checksum(bytes(head) + option))
+        return bytes(head) + option + packet[20:]
+    option = struct.pack(">BBBBHH", packet[6], 2, 0x1B, 20, port, 0) + address
+    length = struct.unpack(">H", packet[4:6])[0] + 24
+    return packet[:4] + struct.pack(">HB", length, 60) + packet[7:40] + option + packet[40:]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.UDP])
+def test_the_option_on_the_wire(world, family, protocol):
+    """What the first node sends is what this test would, and the other takes it off again."""
+    sent = packets.first(CLIENT[family], NODES["a"][family], protocol, (5000, 30080), 1)
+    verdict, led = run(world, "a", sent)
+    plain = packets.first(CLIENT[family], POD[family], protocol, (5000, 80), 1)
+    assert verdict == REDIRECT
+    ttl = 8 if family == 4 else 7
+    plain = plain[:ttl] + bytes([plain[ttl] - 1]) + plain[ttl + 1 :]
+    wanted = with_option(plain, NODES["a"][family], 30080)
+    assert _without_ip_checksum(led) == _without_ip_checksum(wanted)
+    verdict, delivered = run(world, "b", led)
+    assert verdict == REDIRECT
+    assert_sound(delivered)
+    wire = packets.parse(delivered)
+    assert (wire.source, wire.destination) == (CLIENT[family], POD[family])
+    assert (wire.source_port, wire.destination_port) == (5000, 80)
+
+
+def _without_ip_checksum(packet):
+    return packet[:10] + packet[12:] if packet[0] >> 4 == 4 else packet
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize(
+    "forged",
+    [
+        lambda f: (NODES["a"][f], 30099),  # no such Service
+        lambda f: (CLIENT[f], 30080),  # a node port, but no node
+        lambda f: (POD[f], 30080),
+        lambda f: (NODES["a"][f], 30091),  # leads to another port, or is not there
+    ],
+)
+def test_an_option_that_names_no_service_with_this_backend_is_dropped(world, family, forged):
+    plain = packets.first(CLIENT[family], POD[family], Protocol.TCP, (5001, 80), 1)
+    before = world.b.outcomes()["led_astray"]
+    verdict, _ = run(world, "b", with_option(plain, *forged(family)))
+    assert verdict == DROP
+    assert world.b.outcomes()["led_astray"] == before + 1
+
+
+def test_no_member_of_the_cluster_is_believed(world):
+    for source in (NODES["a"][4], "10.244.1.9"):
+        plain = packets.first(source, POD[4], Protocol.TCP, (5002, 80), 1)
+        verdict, _ = run(world, "b", with_option(plain, NODES["a"][4], 30080))
+        assert verdict == DROP
+
+
+def test_an_option_does_not_take_over_a_connection(world):
+    with contextlib.closing(world.connect(POD[4], 80, source_port=47002)) as direct:
+        assert ask(direct) == (CLIENT[4], 3)
+        plain = packets.first(CLIENT[4], POD[4], Protocol.TCP, (47002, 80), 1)
+        verdict, _ = run(world, "b", with_option(plain, NODES["a"][4], 30080))
+        assert verdict == DROP
+        assert ask(direct) == (CLIENT[4], 3)
