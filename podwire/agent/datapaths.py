@@ -20,7 +20,7 @@ from podwire.datapath.iptables.services import ServicesPart as IptablesServicesP
 from podwire.datapath.nftables.nodes import NodesPart as NftablesNodesPart
 from podwire.datapath.nftables.policy import PolicyPart as NftablesPolicyPart
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
-from podwire.errors import Unsupported
+from podwire.errors import KernelError, Unsupported
 from podwire.kernel.iptables import FLAVOURS, Flavour, detect_flavour, installed
 from podwire.nodes import RouteTable
 from podwire.policy import PolicyTable
@@ -38,14 +38,14 @@ class DataPath:
         """Raises Unsupported, with what the machine lacks for the one that is asked for."""
         self._options = options
         self.name = options.datapath
+        self.programs: Programs | None = None
+        self._flavour: Flavour | None = None
         if self.name == "auto":
-            lacks = _unfit(options) or ebpf.unavailable()
+            self.programs, lacks = _automatic(options)
             self.name = "nftables" if lacks else "ebpf"
             if lacks:
                 event(log, logging.INFO, "nftables serves: eBPF is not to be had", lacks=lacks)
-        self.programs: Programs | None = None
-        self._flavour: Flavour | None = None
-        if self.name == "ebpf":
+        elif self.name == "ebpf":
             lacks = ebpf.unavailable()
             if lacks:
                 raise Unsupported(f"--datapath ebpf: this machine lacks {lacks}")
@@ -87,6 +87,23 @@ class DataPath:
         for path, name, part in leftovers(self._options):
             if path != self.name and wanted.get(name, all(wanted.values())):
                 yield f"{path} {name}", part
+
+
+def _automatic(options: Options) -> tuple[Programs | None, str]:
+    """The eBPF programs, or what keeps this machine from them.
+
+    Where an earlier agent's programs work, failing to load ours is raised: they go on working.
+    """
+    lacks = _unfit(options) or ebpf.unavailable()
+    if lacks:
+        return None, lacks
+    working = Programs(options.node_name).folder.exists()
+    try:
+        return ebpf.make_programs(options), ""
+    except KernelError as error:
+        if working:
+            raise
+        return None, f"programs that load here: {error}"
 
 
 def _unfit(options: Options) -> str:

@@ -146,7 +146,8 @@ class Programs:
 
     @property
     def folder(self) -> Path:
-        return pins.directory(self.node)
+        """Where the pins are; made with the first of them."""
+        return pins.place(self.node)
 
     @property
     def features(self) -> frozenset[str]:
@@ -427,7 +428,7 @@ class Programs:
         }
 
     def _check_layout(self) -> None:
-        path = self.folder / "layout"
+        path = pins.directory(self.node) / "layout"
         found = pins.open_map(path)
         if found is None:
             found = Map.create(MapType.ARRAY, 4, 4, 1, name="layout")

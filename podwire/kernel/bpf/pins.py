@@ -26,10 +26,15 @@ def mount() -> None:
         raise KernelError(f"cannot mount bpf on {ROOT}: {os.strerror(code)}", errno=code)
 
 
+def place(*parts: str) -> Path:
+    """``/sys/fs/bpf/podwire/<parts>``. Dots, which bpffs refuses, become '_'."""
+    return ROOT.joinpath("podwire", *(part.replace(".", "_") for part in parts))
+
+
 def directory(*parts: str) -> Path:
-    """``/sys/fs/bpf/podwire/<parts>``, made when missing. Dots, which bpffs refuses, become '_'."""
+    """The same, made when missing. Raises KernelError."""
     mount()
-    path = ROOT.joinpath("podwire", *(part.replace(".", "_") for part in parts))
+    path = place(*parts)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
