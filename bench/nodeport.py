@@ -1,4 +1,5 @@
-"""NodePort packets per second forwarded to a backend on another node: XDP, tcx, nftables.
+"""NodePort packets per second forwarded to a backend on another node: XDP, tcx, nftables; with DSR,
+every packet gets an option that says which Service it was for.
 
 The sender, the node and the backend share this machine's CPUs, so the figures mean something only
 beside each other, in one run. Counted is what arrives at the backend's side of the uplink.
@@ -15,12 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.report import Report
+from podwire.datapath.ebpf.balancing import Balancing
+from podwire.datapath.ebpf.nodes import NodesPart
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart as EbpfServices
 from podwire.datapath.nftables.services import ServicesPart as NftablesServices
 from podwire.kernel import netns
 from podwire.kernel.bpf import Link, Program
-from podwire.net import Protocol
+from podwire.net import Protocol, parse_address
+from podwire.nodes import RouteTable
 from tests.kernel.ebpf_world import NODE, UPLINK_MAC, World
 from tests.kernel.test_ebpf_services import make_port, make_table
 
@@ -43,13 +47,15 @@ def main() -> int:
     report.row("XDP", rates["XDP"], "kpps", peer=rates["nftables"], ratio_at_least=1)
     # On a veth an skb must be copied into a frame for XDP; on a card there is no skb yet.
     report.row("XDP beside tcx", rates["XDP"], "kpps", peer=rates["tcx"])
+    for name in ("tcx", "XDP"):
+        report.row(f"{name} DSR", rates[f"{name} DSR"], "kpps", peer=rates[name])
     return report.finish()
 
 
 def _worlds(closing: contextlib.ExitStack) -> Iterator[tuple[str, World]]:
     port = make_port("far", 80, [BACKEND], family=4, protocol=Protocol.UDP)
     table = make_table([port])
-    for name in ("nftables", "tcx", "XDP"):
+    for name in ("nftables", "tcx", "XDP", "tcx DSR", "XDP DSR"):
         world = closing.enter_context(World())
         world.batch(world.spaces["node"], f"neigh add {BACKEND} lladdr {UPLINK_MAC[1]} dev up0")
         if name == "nftables":
@@ -60,10 +66,15 @@ def _worlds(closing: contextlib.ExitStack) -> Iterator[tuple[str, World]]:
         else:
             programs = Programs(world.name, world.spaces["node"])
             closing.callback(programs.close)
-            part = EbpfServices(programs=programs)
-            part.start()
-            part.apply(table)
-            if name == "XDP":
+            dsr = "DSR" in name
+            programs.enable("services", *(["dsr"] if dsr else []))
+            if dsr:
+                peer = frozenset({parse_address(BACKEND)})
+                nodes = NodesPart(programs, masquerade=False)
+                nodes.apply(RouteTable("node", "direct", node_addresses=peer))
+            balancing = Balancing(mode="dsr" if dsr else "snat")
+            EbpfServices(programs=programs, balancing=balancing).apply(table)
+            if "XDP" in name:
                 programs.accelerate(world.ifindex("up0"))
                 _take_frames(closing, world)
         yield name, world

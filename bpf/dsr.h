@@ -79,23 +79,49 @@ static __always_inline bool wants_option(const struct packet *p)
 	return p->flow.protocol != IPPROTO_TCP || p->tcp_flags & TCP_SYN;
 }
 
-#ifndef PODWIRE_XDP
-
-/* Whether the option fits into a packet that is to look as `to`. */
-static __always_inline bool has_room(struct __sk_buff *ctx, const struct packet *p, const struct flow *to)
+/* How long the packet becomes with the option; 0: it has none now but could not take one either. */
+static __always_inline __u16 led_length(const struct packet *p)
 {
-	struct bpf_fib_lookup route;
-	long found;
-
-	if (p->fragment != FRAGMENT_NONE || ctx->gso_size || p->transport != p->network + plain_head(p))
-		return false;
-	set_route(&route, to, ctx->ifindex);
-	route.tot_len = plain_head(p) + dsr_size(p) + p->length;
-	found = bpf_fib_lookup(ctx, &route, sizeof(route), 0);
-	return found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH;
+	if (p->fragment != FRAGMENT_NONE || p->transport != p->network + plain_head(p))
+		return 0;
+	return plain_head(p) + dsr_size(p) + p->length;
 }
 
+/* Record that packets like `p` are led to `to`. -ERROR_EXIST: the client uses this port for another
+ * connection to the same backend, whose answers would look alike. */
+static __always_inline int create_leading(struct creation *c, const struct packet *p, const struct flow *to,
+					  __u32 service)
+{
+	int error;
+
+	begin_creation(c, service, CONNECTION_TRANSLATED | CONNECTION_DSR);
+	error = claim_answers(c, &p->flow, to, true);
+	if (error)
+		return error;
+	return create_original(c, p, to) ? -ERROR_INVALID : 0;
+}
+
+#ifdef PODWIRE_XDP
+
+#define store_head(ctx, offset, from, size) store_bytes(ctx, offset, from, size)
+
+/* Room behind the IP header, which is written anew: only the Ethernet header has to move. */
+static __always_inline int make_room(struct xdp_md *ctx, __u32 size)
+{
+	struct ethernet ethernet;
+
+	return load_bytes(ctx, 0, &ethernet, sizeof(ethernet)) || bpf_xdp_adjust_head(ctx, -(int)size) ||
+	       store_bytes(ctx, 0, &ethernet, sizeof(ethernet));
+}
+
+#else
+
 #define ROOM_FLAGS (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET)
+
+static __always_inline int make_room(struct __sk_buff *ctx, __u32 size)
+{
+	return bpf_skb_adjust_room(ctx, size, BPF_ADJ_ROOM_NET, ROOM_FLAGS);
+}
 
 /* Write bytes of the IP header, also for a card that has summed the packet as a whole. */
 static __always_inline int store_head(struct __sk_buff *ctx, __u32 offset, const void *from, __u32 size)
@@ -103,8 +129,24 @@ static __always_inline int store_head(struct __sk_buff *ctx, __u32 offset, const
 	return bpf_skb_store_bytes(ctx, offset, from, size, BPF_F_RECOMPUTE_CSUM);
 }
 
+/* Whether the option fits into a packet that is to look as `to`. */
+static __always_inline bool has_room(struct __sk_buff *ctx, const struct packet *p, const struct flow *to)
+{
+	struct bpf_fib_lookup route;
+	long found;
+
+	set_route(&route, to, ctx->ifindex);
+	route.tot_len = led_length(p);
+	if (!route.tot_len || ctx->gso_size)
+		return false;
+	found = bpf_fib_lookup(ctx, &route, sizeof(route), 0);
+	return found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH;
+}
+
+#endif
+
 /* Give the packet the option. Not 0: drop it. */
-__noinline int push_option(struct __sk_buff *ctx, struct packet *p, union dsr_head *head,
+__noinline int push_option(CONTEXT *ctx, struct packet *p, union dsr_head *head,
 			   const struct flow *service)
 {
 	if (!p || !head || !service)
@@ -114,7 +156,7 @@ __noinline int push_option(struct __sk_buff *ctx, struct packet *p, union dsr_he
 		p->checksum += dsr_size(p);
 	if (p->ipv4) {
 		if (load_bytes(ctx, ETH_HLEN, &head->v4.ip, IPV4_HEAD) ||
-		    bpf_skb_adjust_room(ctx, sizeof(struct dsr4), BPF_ADJ_ROOM_NET, ROOM_FLAGS))
+		    make_room(ctx, sizeof(struct dsr4)))
 			return -ERROR_INVALID;
 		head->v4.option = (struct dsr4){ DSR4_TYPE, sizeof(struct dsr4), service->destination_port,
 						 service->destination.words[3] };
@@ -125,7 +167,7 @@ __noinline int push_option(struct __sk_buff *ctx, struct packet *p, union dsr_he
 		return store_head(ctx, ETH_HLEN, head, sizeof(head->v4));
 	}
 	if (load_bytes(ctx, ETH_HLEN, &head->v6.ip, IPV6_HEAD) ||
-	    bpf_skb_adjust_room(ctx, sizeof(struct dsr6), BPF_ADJ_ROOM_NET, ROOM_FLAGS))
+	    make_room(ctx, sizeof(struct dsr6)))
 		return -ERROR_INVALID;
 	head->v6.option = (struct dsr6){ head->v6.ip.nexthdr, DSR6_LENGTH, DSR6_TYPE, DSR6_SIZE,
 					 service->destination_port, 0, service->destination };
@@ -133,6 +175,8 @@ __noinline int push_option(struct __sk_buff *ctx, struct packet *p, union dsr_he
 	head->v6.ip.payload_len = bpf_htons(bpf_ntohs(head->v6.ip.payload_len) + sizeof(struct dsr6));
 	return store_head(ctx, ETH_HLEN, head, sizeof(head->v6));
 }
+
+#ifndef PODWIRE_XDP
 
 /* Whether the packet bears the option; `service` then becomes its flow as the client began it. */
 static __always_inline bool read_option(struct __sk_buff *ctx, const struct packet *p, struct flow *service)

@@ -211,7 +211,6 @@ __noinline int lead(struct __sk_buff *ctx, struct work *w)
  * is no room for the option, or the client uses this port for another connection to the same backend. */
 __noinline int begin_led(struct __sk_buff *ctx, struct work *w)
 {
-	enum reason reason;
 	struct packet *p;
 	int error;
 
@@ -221,13 +220,9 @@ __noinline int begin_led(struct __sk_buff *ctx, struct work *w)
 	w->tell = has_room(ctx, p, &w->to);
 	if (!w->tell && is_start(p))
 		return MASQUERADE;
-	begin_creation(&w->creation, w->choice.service, CONNECTION_TRANSLATED | CONNECTION_DSR);
-	error = claim_answers(&w->creation, &p->flow, &w->to, true);
-	if (error == -ERROR_EXIST)
-		return MASQUERADE;
-	reason = error ? REASON_CONNECTIONS_FULL : create_original(&w->creation, p, &w->to);
-	if (reason)
-		return drop(ctx, reason, &p->flow);
+	error = create_leading(&w->creation, p, &w->to, w->choice.service);
+	if (error)
+		return error == -ERROR_EXIST ? MASQUERADE : drop(ctx, REASON_CONNECTIONS_FULL, &p->flow);
 	count(REASON_TRANSLATED);
 	return LEAD;
 }

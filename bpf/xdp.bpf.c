@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* Services at the driver of the uplink: a packet for a NodePort, externalIP or load balancer IP whose
  * backend is on another node leaves by the interface it came in, and never becomes an skb; so do the
- * answers. Everything else is passed on untouched, and tcx decides.
+ * answers. Everything else is passed on untouched, and tcx decides: what has no room for DSR's option,
+ * too.
  */
 #define PODWIRE_XDP
 #include "dsr.h"
@@ -11,6 +12,9 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 struct xdp_work {
 	struct packet packet;
 	struct flow to;
+	struct flow service; /* as in struct work of tcx.bpf.c */
+	union dsr_head head;
+	bool tell;
 	struct creation creation;
 	struct choice choice;
 };
@@ -34,10 +38,16 @@ static __always_inline bool is_for_us(struct xdp_md *ctx, const struct bpf_fib_l
 	       ethernet->destination.words[2] == own->words[2];
 }
 
-static __always_inline bool leaves_here(struct xdp_md *ctx, const struct flow *to,
+/* Whether the packet leaves by this link as `w->to`, the option included that it may get. */
+static __always_inline bool leaves_here(struct xdp_md *ctx, const struct xdp_work *w,
 					struct bpf_fib_lookup *route)
 {
-	return find_route(ctx, route, to, ctx->ingress_ifindex, 0) == BPF_FIB_LKUP_RET_SUCCESS &&
+	set_route(route, &w->to, ctx->ingress_ifindex);
+	if (w->tell)
+		route->tot_len = led_length(&w->packet);
+	if (w->tell && !route->tot_len)
+		return false;
+	return bpf_fib_lookup(ctx, route, sizeof(*route), 0) == BPF_FIB_LKUP_RET_SUCCESS &&
 	       route->ifindex == ctx->ingress_ifindex && is_for_us(ctx, route);
 }
 
@@ -46,7 +56,9 @@ static __always_inline int bounce(struct xdp_md *ctx, struct xdp_work *w,
 {
 	struct packet *p = &w->packet;
 
-	if (rewrite(ctx, p, &w->to) || decrement_ttl(ctx, p) ||
+	w->service = p->flow;
+	if (rewrite(ctx, p, &w->to) ||
+	    (w->tell && push_option(ctx, p, &w->head, &w->service)) || decrement_ttl(ctx, p) ||
 	    set_macs(ctx, (struct mac *)route->dmac, (struct mac *)route->smac)) {
 		count(REASON_WRITE_FAILED);
 		return XDP_DROP;
@@ -71,6 +83,7 @@ __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 	struct bpf_fib_lookup route;
 	struct packet *p;
 	__u32 reason;
+	int error;
 
 	if (!w)
 		return XDP_PASS;
@@ -78,15 +91,25 @@ __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 	if (find_service(&p->flow, &frontend, &reason) != VERDICT_TRANSLATE || !frontend ||
 	    choose(&p->flow, frontend, xdp_origin(&p->flow.source), &p->flow.source, &w->choice) !=
 		    VERDICT_TRANSLATE ||
-	    !w->choice.masquerade || may_lead(&p->flow.source, &w->choice))
+	    !w->choice.masquerade)
 		return XDP_PASS;
 	w->to = p->flow;
 	w->to.destination = w->choice.backend.address;
 	w->to.destination_port = w->choice.backend.port;
-	if (!leaves_here(ctx, &w->to, &route) || !masquerade(ctx, &w->to, ctx->ingress_ifindex))
+	w->tell = may_lead(&p->flow.source, &w->choice);
+	if (!leaves_here(ctx, w, &route))
 		return XDP_PASS;
-	reason = create_connection(&w->creation, p, &w->to, w->choice.service, CONNECTION_TRANSLATED,
-				   true);
+	if (w->tell) {
+		error = create_leading(&w->creation, p, &w->to, w->choice.service);
+		if (error == -ERROR_EXIST)
+			return XDP_PASS; /* it has to be masqueraded */
+		reason = error ? REASON_CONNECTIONS_FULL : 0;
+	} else {
+		if (!masquerade(ctx, &w->to, ctx->ingress_ifindex))
+			return XDP_PASS;
+		reason = create_connection(&w->creation, p, &w->to, w->choice.service,
+					   CONNECTION_TRANSLATED, true);
+	}
 	if (reason) {
 		count(reason);
 		return XDP_DROP;
@@ -115,11 +138,11 @@ int from_driver(struct xdp_md *ctx)
 	connection = find_connection(&p->flow);
 	if (!connection)
 		return xdp_begin(ctx, w);
-	if (!(connection->flags & CONNECTION_TRANSLATED) || is_reopened(connection, p) ||
-	    (connection->flags & CONNECTION_DSR && wants_option(p)))
+	if (!(connection->flags & CONNECTION_TRANSLATED) || is_reopened(connection, p))
 		return XDP_PASS;
 	w->to = connection->to;
-	if (!leaves_here(ctx, &w->to, &route))
+	w->tell = with_dsr && connection->flags & CONNECTION_DSR && wants_option(p);
+	if (!leaves_here(ctx, w, &route))
 		return XDP_PASS;
 	touch(connection, p);
 	return bounce(ctx, w, &route);

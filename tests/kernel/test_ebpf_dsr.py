@@ -41,7 +41,7 @@ if os.geteuid() == 0 and features.missing():
     pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
-DROP, REDIRECT = 2, 7
+DROP, REDIRECT, TX = 2, 7, 3
 
 
 def make_port(name, number, family, kind, *, here, backends=None, **fields):
@@ -84,14 +84,19 @@ def make_ports(here):
     ]
 
 
-@pytest.fixture(scope="module")
-def world():
+@pytest.fixture(scope="module", params=["tcx", "xdp"])
+def world(request):
+    """With the first node's program at tcx, or (in the stack, for tests) at the driver."""
     with Nodes() as made:
         made.a, made.b = made.start("a"), made.start("b")
         made.a.apply(make_table("a", make_ports(here=False)))
         made.b.apply(make_table("b", make_ports(here=True)))
         for family, kind in BOTH:
             made.serve("pod", POD[family], 80, kind)
+        made.first_program = "from_network"
+        if request.param == "xdp":
+            made.first_program = "from_driver"
+            made.a.programs.accelerate(made.ifindex("a", "up0"), generic=True)
         yield made
 
 
@@ -213,17 +218,20 @@ def test_silence_ends_no_open_connection_and_what_ended_goes_soon(world):
 # --- packets ----------------------------------------------------------------------------------
 
 
-def run(world, node, packet):
+def run(world, node, packet, name="from_network"):
     """``(verdict, IP packet)`` of a packet that comes in from the network."""
     kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
     macs = bytes.fromhex((MACS[node] + MACS["client"]).replace(":", ""))
-    context = bytearray(192)
-    struct.pack_into("=I", context, 40, world.ifindex(node, "up0"))
-    program = getattr(world, node).programs.program("from_network")
     frame = macs + struct.pack(">H", kind) + packet
+    uplink = world.ifindex(node, "up0")
+    if name == "from_driver":
+        context = struct.pack("=IIIIII", 0, len(frame), 0, uplink, 0, 0)
+    else:
+        context = bytes(40) + struct.pack("=I", uplink) + bytes(148)  # __sk_buff.ifindex
+    program = getattr(world, node).programs.program(name)
 
     def body():
-        return program.test_run(frame, context=bytes(context))
+        return program.test_run(frame, context=context)
 
     done = netns.call(world.spaces[node], body)
     return done.value, done.data[14:]
@@ -250,9 +258,9 @@ def with_option(packet, service, port):
 def test_the_option_on_the_wire(world, family, protocol):
     """What the first node sends is what this test would, and the other takes it off again."""
     sent = packets.first(CLIENT[family], NODES["a"][family], protocol, (5000, 30080), 1)
-    verdict, led = run(world, "a", sent)
+    verdict, led = run(world, "a", sent, world.first_program)
     plain = packets.first(CLIENT[family], POD[family], protocol, (5000, 80), 1)
-    assert verdict == REDIRECT
+    assert verdict == (TX if world.first_program == "from_driver" else REDIRECT)
     ttl = 8 if family == 4 else 7
     plain = plain[:ttl] + bytes([plain[ttl] - 1]) + plain[ttl + 1 :]
     wanted = with_option(plain, NODES["a"][family], 30080)
@@ -263,6 +271,22 @@ def test_the_option_on_the_wire(world, family, protocol):
     wire = packets.parse(delivered)
     assert (wire.source, wire.destination) == (CLIENT[family], POD[family])
     assert (wire.source_port, wire.destination_port) == (5000, 80)
+
+
+def test_an_error_about_an_answer_finds_the_backend(world):
+    """A router tells the Service's address that an answer is too big: the pod must hear of it."""
+    with world.connect(NODES["a"][4], 30080, source_port=47003) as client:
+        assert ask(client) == (CLIENT[4], 3)
+        quoted = packets.first(NODES["a"][4], CLIENT[4], Protocol.TCP, (30080, 47003), 1)[:28]
+        body = struct.pack(">BBHHH", 3, 4, 0, 0, 1400) + quoted
+        error = packets._ip("198.18.0.77", NODES["a"][4], Protocol.ICMP, body)
+        verdict, told = run(world, "a", error)
+        assert verdict == REDIRECT
+        assert_sound(told)
+        assert told[16:20] == parse_address(POD[4])
+        inner = told[28:]
+        assert inner[12:20] == parse_address(POD[4]) + parse_address(CLIENT[4])
+        assert struct.unpack(">HH", inner[20:24]) == (80, 47003)
 
 
 def _without_ip_checksum(packet):
