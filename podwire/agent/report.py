@@ -22,7 +22,7 @@ ANNOTATION = "podwire.dev/policies-enforced"
 PERIOD_S = 1.0  # many changes, one write
 
 
-def newest_policy(store: Store) -> int:
+def _newest_policy(store: Store) -> int:
     """The highest version among the policies; 0 where there is none."""
     return max(
         (
@@ -47,7 +47,7 @@ async def keep_reporting(
     told: int | None = None
     while True:
         await asyncio.sleep(PERIOD_S)
-        newest = newest_policy(store)
+        newest = _newest_policy(store)
         if newest == told or not settled():
             continue
         patch = {"metadata": {"annotations": {ANNOTATION: str(newest)}}}

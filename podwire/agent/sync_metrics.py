@@ -46,7 +46,7 @@ class SyncCollector(Collector):
                 else:
                     entries.add_metric([sync.name, " ".join(path)], value)
             if isinstance(sync.table, ServiceTable):
-                yield no_local_endpoints(sync.table)
+                yield _no_local_endpoints(sync.table)
         set_aside = GaugeMetricFamily(
             "podwire_objects_set_aside", "Objects that make no sense", labels=["kind"]
         )
@@ -66,7 +66,7 @@ def flatten(
             yield (*path, name), value
 
 
-def no_local_endpoints(table: ServiceTable) -> GaugeMetricFamily:
+def _no_local_endpoints(table: ServiceTable) -> GaugeMetricFamily:
     """Service ports whose policy is Local and whose endpoints are all elsewhere."""
     family = GaugeMetricFamily(
         "kubeproxy_sync_proxy_rules_no_local_endpoints_total",

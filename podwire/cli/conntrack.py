@@ -100,11 +100,11 @@ def _status(reader: Reader, args: argparse.Namespace) -> int:
     if args.json:
         _print_json(answer)
     else:
-        print("\n".join(status_lines(answer)))
+        print("\n".join(_status_lines(answer)))
     return 1 if answer["pressure"] else 0
 
 
-def status_lines(answer: dict[str, Any]) -> list[str]:
+def _status_lines(answer: dict[str, Any]) -> list[str]:
     """The answer for people."""
     colour = "red" if answer["pressure"] else "green"
     lines = [
@@ -231,11 +231,11 @@ def _advise(reader: Reader, args: argparse.Namespace) -> int:
     if args.json:
         _print_json(answer)
         return 0
-    print("\n".join(advice_lines(answer)))
+    print("\n".join(_advice_lines(answer)))
     return 0
 
 
-def advice_lines(answer: dict[str, Any]) -> list[str]:
+def _advice_lines(answer: dict[str, Any]) -> list[str]:
     """The rules side by side, and what to type or keep."""
     rows = [
         [rule["name"], f"{rule['limit']:,}", f"{rule['bytes'] / 2**20:,.1f} MB", rule["why"]]

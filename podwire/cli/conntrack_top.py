@@ -91,7 +91,7 @@ def screen(
     if before is not None:
         header.append("CHANGE")
     cells = [_cells(row, columns, before) for row in found]
-    return [*head_lines(answer), "", *table(header, cells)]
+    return [*_head_lines(answer), "", *table(header, cells)]
 
 
 def _cells(row: dict[str, Any], columns: _Columns, before: dict[str, int] | None) -> list[str]:
@@ -103,7 +103,7 @@ def _cells(row: dict[str, Any], columns: _Columns, before: dict[str, int] | None
     return cells
 
 
-def head_lines(answer: dict[str, Any]) -> list[str]:
+def _head_lines(answer: dict[str, Any]) -> list[str]:
     """How full, how fast; what the entries are."""
     used, limit = answer["used"], answer["limit"]
     percent = 100 * used / limit if limit else 0

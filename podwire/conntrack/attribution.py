@@ -48,10 +48,10 @@ def attribute(key: FlowKey, names: Names) -> Flow:
     """Who opened it, who answers, through which Service."""
     client, server = names.place(key.source), names.place(key.reply_source)
     service = names.service(key.protocol, key.destination, key.destination_port)
-    return Flow(kind_of(client.role, server.role, service is not None), client, server, service)
+    return Flow(_kind_of(client.role, server.role, service is not None), client, server, service)
 
 
-def kind_of(client: Role, server: Role, service: bool) -> Kind:
+def _kind_of(client: Role, server: Role, service: bool) -> Kind:
     if client is Role.OUTSIDE:
         return Kind.OUTSIDE
     if service:
@@ -64,7 +64,7 @@ def kind_of(client: Role, server: Role, service: bool) -> Kind:
 # The same by small numbers, which hash faster: rank of client × 6 + rank of server × 2 + service
 _ROLES, _ALL_KINDS = list(Role), list(Kind)
 _KIND_NUMBERS = [
-    _ALL_KINDS.index(kind_of(client, server, service))
+    _ALL_KINDS.index(_kind_of(client, server, service))
     for client in _ROLES
     for server in _ROLES
     for service in (False, True)

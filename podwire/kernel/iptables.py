@@ -98,7 +98,7 @@ def installed(flavour: Flavour) -> bool:
     return all(shutil.which(f"{ip}tables-{flavour}-restore") for ip in ("ip", "ip6"))
 
 
-def legacy_tables(netns_fd: int | None = None) -> list[str]:
+def _legacy_tables(netns_fd: int | None = None) -> list[str]:
     """The tables that x_tables holds; to ask for one by name would make it."""
     names: set[str] = set()
     for path in ("ip_tables_names", "ip6_tables_names"):
@@ -126,7 +126,7 @@ class Iptables:
 
     def in_use(self) -> list[Iptables]:
         """This family in every flavour that somebody uses here."""
-        used = {"nft": self._nft_tables(), "legacy": legacy_tables(self._netns_fd)}
+        used = {"nft": self._nft_tables(), "legacy": _legacy_tables(self._netns_fd)}
         every = (Iptables(self.family, flavour, self._netns_fd) for flavour in FLAVOURS)
         return [each for each in every if each.exists() and used[each.flavour]]
 

@@ -109,7 +109,7 @@ def dump_forwards(sock: NetlinkSocket, *, link: int = 0) -> list[Forward]:
     """All forwarding entries, or those of one link."""
     body = _NDMSG.pack(_AF_BRIDGE, 0, 0, 0, 0) + (u32(_IFINDEX, link) if link else b"")
     replies = sock.dump(RTM_GETNEIGH, body, "forwarding entries")
-    return [parse_forward(reply) for reply in replies]
+    return [_parse_forward(reply) for reply in replies]
 
 
 def parse(body: bytes) -> Neighbour:
@@ -119,7 +119,7 @@ def parse(body: bytes) -> Neighbour:
     return Neighbour(link, get(_DST, b""), get(_LLADDR, b""), state, number(get(_PROTOCOL, b"")))
 
 
-def parse_forward(body: bytes) -> Forward:
+def _parse_forward(body: bytes) -> Forward:
     """A forwarding entry from the body of RTM_NEWNEIGH of family AF_BRIDGE."""
     _, link, state, flags, _ = _NDMSG.unpack_from(body)
     get = attributes(body, 12).get

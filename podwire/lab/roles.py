@@ -47,7 +47,7 @@ def prepare_access(lab: LabDir, record: Record) -> ApiAccess:
             hosts=("127.0.0.1", "localhost", "kubernetes.default.svc", *addresses),
         )
     )
-    apply_all(server.registry, dns_objects(record.dual_stack))
+    apply_all(server.registry, _dns_objects(record.dual_stack))
     underlay = netns.open_path(lab.netns("underlay"))
     with netns.entered(underlay):
         os.close(underlay)
@@ -56,11 +56,11 @@ def prepare_access(lab: LabDir, record: Record) -> ApiAccess:
     record.api = {"address": "127.0.0.1", "port": outer.getsockname()[1]}
     here = f"https://127.0.0.1:{record.api['port']}"
     _secret(lab.kubeconfig, server.kubeconfig(here, f"podwire-{lab.name}"))
-    _secret(node_kubeconfig(lab), server.kubeconfig(f"https://{addresses[0]}:{API_PORT}"))
+    _secret(_node_kubeconfig(lab), server.kubeconfig(f"https://{addresses[0]}:{API_PORT}"))
     return ApiAccess(server, (*inner, outer))
 
 
-def dns_objects(dual_stack: bool) -> list[Json]:
+def _dns_objects(dual_stack: bool) -> list[Json]:
     """The cluster's DNS: the Service at its usual address, and a pod behind it."""
     labels = {"k8s-app": "kube-dns"}
     meta = {"namespace": "kube-system", "labels": labels}
@@ -95,7 +95,7 @@ def _family(address: str) -> int:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def node_kubeconfig(lab: LabDir) -> Path:
+def _node_kubeconfig(lab: LabDir) -> Path:
     """For the agents: the API server's address on the underlay."""
     return lab.path / "node.kubeconfig"
 
@@ -135,7 +135,7 @@ def runtime_main(lab: LabDir, record: Record) -> None:
     asyncio.run(serve())
 
 
-def vpc_environment(ipv6: bool) -> dict[str, str]:
+def _vpc_environment(ipv6: bool) -> dict[str, str]:
     """What an agent in the lab's cloud is told: where EC2 is. Targets come from the caller's."""
     found = {"AWS_ENDPOINT_URL_EC2": f"http://{network.EC2}"}
     if ipv6:
@@ -148,10 +148,10 @@ def agent_main(lab: LabDir, record: Record, node: str) -> None:
     settings = record.settings
     logs.setup(settings["log_level"])
     if settings["wiring"] == "vpc":
-        os.environ.update(vpc_environment(record.dual_stack))
+        os.environ.update(_vpc_environment(record.dual_stack))
     options = Options(
         node_name=node,
-        kubeconfig=str(node_kubeconfig(lab)),
+        kubeconfig=str(_node_kubeconfig(lab)),
         run_dir=lab.run_dir(node),
         state_dir=lab.node(node) / "state",
         cni_conf_dir=lab.node(node) / "cni" / "net.d",

@@ -35,10 +35,10 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        return start_time(self.pid) == self.start
+        return _start_time(self.pid) == self.start
 
 
-def start_time(pid: int) -> int:
+def _start_time(pid: int) -> int:
     """Field 22 of /proc/<pid>/stat; 0 when the process is gone or a zombie (proc(5))."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -50,7 +50,7 @@ def start_time(pid: int) -> int:
 def this_process(pid: int = 0) -> Process:
     """The identity of a living process, by default this one."""
     pid = pid or os.getpid()
-    return Process(pid, start_time(pid))
+    return Process(pid, _start_time(pid))
 
 
 @dataclass(frozen=True)

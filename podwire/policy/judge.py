@@ -203,9 +203,9 @@ def _direction(
     policies = table.selecting(subject, direction)
     ports = subject.ports if direction is Direction.INGRESS else peer.ports
     enforced = [policy for policy in policies if not policy.audit]
-    decision = evaluate(enforced, direction, peer, peer_address, packet, ports)
+    decision = _evaluate(enforced, direction, peer, peer_address, packet, ports)
     if len(enforced) < len(policies) and decision.verdict is Verdict.ALLOW:
-        would = evaluate(policies, direction, peer, peer_address, packet, ports)
+        would = _evaluate(policies, direction, peer, peer_address, packet, ports)
         if would.verdict is Verdict.DENY:
             return Decision(
                 direction, Verdict.AUDIT, would.why, would.policy, would.rule, would.field,
@@ -214,7 +214,7 @@ def _direction(
     return decision
 
 
-def evaluate(
+def _evaluate(
     policies: Sequence[Policy],
     direction: Direction,
     peer: Host,
@@ -232,7 +232,7 @@ def evaluate(
         for policy, rule in uses:
             if policy.tier is not tier:
                 continue
-            field = match(rule, peer, address, packet, ports)
+            field = _match(rule, peer, address, packet, ports)
             if field is None:
                 continue
             if rule.action is Action.PASS:
@@ -244,7 +244,7 @@ def evaluate(
     return Decision(direction, Verdict.ALLOW, Why.NOT_ISOLATED)
 
 
-def match(
+def _match(
     rule: Rule,
     peer: Host,
     address: Address,

@@ -130,14 +130,14 @@ def _policy(
     local = port.is_local(frontend.kind)
     if frontend.kind == FrontendKind.CLUSTER_IP:
         masquerade = config.masquerade_all or (
-            config.detect_local.exists and not is_pod(table, packet)
+            config.detect_local.exists and not _is_pod(table, packet)
         )
         what = "ClusterIP, policy Local" if local else "ClusterIP"
         return (port.local if local else port.cluster), masquerade, what
     kind = frontend.kind.name.lower().replace("_", " ")
     if not local:
         return port.cluster, True, f"{kind}, policy Cluster"
-    if config.detect_local.exists and is_pod(table, packet):
+    if config.detect_local.exists and _is_pod(table, packet):
         return port.cluster, False, f"{kind}, policy Local: pods use all endpoints"
     if _is_own(table, packet.source):
         return port.cluster, True, f"{kind}, policy Local: the node itself uses all endpoints"
@@ -154,7 +154,7 @@ def _unclaimed(table: ServiceTable, packet: Packet) -> Resolution:
     return Resolution("accept", "not an address of a Service")
 
 
-def is_pod(table: ServiceTable, packet: Packet) -> bool:
+def _is_pod(table: ServiceTable, packet: Packet) -> bool:
     """Whether the packet counts as coming from a pod (detect-local)."""
     detect = table.settings.config.detect_local
     if detect.interface.endswith("*"):

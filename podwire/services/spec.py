@@ -52,7 +52,7 @@ class _Problems(list[str]):
         return "; ".join(self)
 
 
-def is_served(service: Service) -> bool:
+def _is_served(service: Service) -> bool:
     """Whether a proxy has anything to do with the Service at all."""
     spec = service.spec
     return (
@@ -64,7 +64,7 @@ def is_served(service: Service) -> bool:
 
 def read(service: Service, settings: Settings) -> tuple[tuple[PortSpec, ...], str]:
     """The Service's ports, and what of it was set aside (empty: nothing)."""
-    if not is_served(service):
+    if not _is_served(service):
         return (), ""
     problems = _Problems()
     ports = _valid_ports(service, problems)

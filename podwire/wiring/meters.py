@@ -26,7 +26,7 @@ def ifb_name(key: Key) -> str:
     return _IFB_PREFIX + digest[: _IFB_LENGTH - len(_IFB_PREFIX)]
 
 
-def bytes_of(bits: int) -> int:
+def _bytes_of(bits: int) -> int:
     return max(1, bits // 8)
 
 
@@ -91,7 +91,7 @@ class Meters:
             bucket = next((each for each in buckets if each.kind == "tbf"), None)
             if bucket is None:
                 problems.append(f"{name} has no token bucket")
-            elif (bucket.rate_bytes_s, bucket.burst_bytes) != (bytes_of(rate), bytes_of(burst)):
+            elif (bucket.rate_bytes_s, bucket.burst_bytes) != (_bytes_of(rate), _bytes_of(burst)):
                 problems.append(f"{name} is limited to {bucket.rate_bytes_s * 8} bit/s, not {rate}")
         if meter.ifb and not problems:
             host_end, ifb = self._find(meter.host_ifname), self._find(meter.ifb)
@@ -119,7 +119,7 @@ class Meters:
         return found
 
     def _shape(self, target: link.Link, rate: int, burst: int) -> None:
-        self._host.run(tc.add_token_bucket(target.index, bytes_of(rate), bytes_of(burst)))
+        self._host.run(tc.add_token_bucket(target.index, _bytes_of(rate), _bytes_of(burst)))
 
     def _shape_egress(self, meter: Meter, host_end: link.Link) -> HostLink:
         end = link.End(meter.ifb, mtu=host_end.mtu)

@@ -45,7 +45,7 @@ def pod_mac(addresses: Collection[PodAddress]) -> bytes:
     return b""
 
 
-def link_local(mac: bytes) -> Address:
+def _link_local(mac: bytes) -> Address:
     """The EUI-64 link-local address (RFC 4291, appendix A)."""
     return b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
 
@@ -54,20 +54,20 @@ def host_prefix(address: Address) -> Prefix:
     return Prefix(address, len(address) * 8)
 
 
-def gateway_for(attachment: Attachment, prefix: Prefix) -> Address:
+def _gateway_for(attachment: Attachment, prefix: Prefix) -> Address:
     """The gateway of the pod's first address of the prefix's family, or b""."""
     return next(
         (a.gateway for a in attachment.addresses if len(a.address) == len(prefix.address)), b""
     )
 
 
-def pod_routes(attachment: Attachment, index: int) -> list[route.Route]:
+def _pod_routes(attachment: Attachment, index: int) -> list[route.Route]:
     """The routes inside the pod as the kernel knows them; those without a gateway get the pod's."""
     return [_kernel_route(attachment, each, index) for each in attachment.routes]
 
 
 def _kernel_route(attachment: Attachment, each: PodRoute, index: int) -> route.Route:
-    gateway = each.gateway or gateway_for(attachment, each.prefix)
+    gateway = each.gateway or _gateway_for(attachment, each.prefix)
     table = each.table or route.TABLE_MAIN
     if each.scope == route.SCOPE_LINK or not gateway:
         made = route.direct(each.prefix, index, table=table, metric=each.priority, mtu=each.mtu)
@@ -102,14 +102,14 @@ def set_up_pod(
         requests.append(link.configure(index, ipv6_address_generation="none"))
     requests.append(link.change(index, up=True))
     if any(len(each.address) == 16 for each in attachment.addresses):
-        own = InterfaceAddress(index, link_local(attachment.mac), 64, address.SCOPE_LINK)
+        own = InterfaceAddress(index, _link_local(attachment.mac), 64, address.SCOPE_LINK)
         requests.append(address.add(own))
     requests += [
         address.add(InterfaceAddress(index, each.address, each.length, flags=flags))
         for each in attachment.addresses
     ]
     requests += before
-    requests += [route.add(each, replace=True) for each in pod_routes(attachment, index)]
+    requests += [route.add(each, replace=True) for each in _pod_routes(attachment, index)]
     requests += [
         neighbour.add(Neighbour(index, router, mac, protocol=KERNEL_PROTOCOL))
         for router, mac in neighbours.items()
@@ -183,7 +183,7 @@ def check_pod(attachment: Attachment, pod: NetlinkSocket) -> list[str]:
     routes = {(r.prefix, r.gateway, r.table) for r in route.dump(pod, link=found.index)}
     problems += [
         f"the pod lacks the route {each}"
-        for each in pod_routes(attachment, found.index)
+        for each in _pod_routes(attachment, found.index)
         if (each.prefix, each.gateway, each.table) not in routes
     ]
     return problems

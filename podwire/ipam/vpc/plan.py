@@ -69,7 +69,7 @@ def eni_room(limits: InstanceLimits, settings: Settings, attached: int, trunk_to
     return max(most - attached - (1 if trunk_to_come else 0), 0)
 
 
-def removable(eni: EniView) -> bool:
+def _removable(eni: EniView) -> bool:
     """Whether an ENI may leave at all, whatever the targets say."""
     return not (
         eni.primary
@@ -86,7 +86,7 @@ def enis_to_release(
 ) -> list[str]:
     """ENIs without which every target still holds, the smallest loss first."""
     leaving: list[str] = []
-    for eni in sorted(filter(removable, enis), key=lambda eni: eni.total):
+    for eni in sorted(filter(_removable, enis), key=lambda eni: eni.total):
         if eni_is_surplus(stats, settings, limits, eni.total):
             leaving.append(eni.id)
             stats = replace(stats, total=stats.total - eni.total)

@@ -264,7 +264,7 @@ def address_attributes(source: Address, destination: Address) -> bytes:
     return netlink.nest(1, *(netlink.attr(kind, value) for kind, value in present if value))
 
 
-def tuple_attribute(kind: Attribute, direction: Tuple) -> bytes:
+def _tuple_attribute(kind: Attribute, direction: Tuple) -> bytes:
     """CTA_TUPLE_… for an exact tuple."""
     number = direction.protocol
     source_port = _U16.pack(direction.source_port)
@@ -300,7 +300,7 @@ def delete_request(entry: Entry) -> netlink.Request:
     its zone, an entry of another zone is never meant (without it, ENOENT hides failures).
     """
     body = NFGENMSG.pack(entry.original.family, 0, 0)
-    body += tuple_attribute(Attribute.TUPLE_ORIG, entry.original)
+    body += _tuple_attribute(Attribute.TUPLE_ORIG, entry.original)
     if entry.zone:
         body += big16(Attribute.ZONE, entry.zone)
     if entry.id is not None:
@@ -315,8 +315,8 @@ def create_request(entry: Entry) -> netlink.Request:
     original, reply = entry.original, entry.reply
     plain = original.reversed()
     body = NFGENMSG.pack(original.family, 0, 0)
-    body += tuple_attribute(Attribute.TUPLE_ORIG, original)
-    body += tuple_attribute(Attribute.TUPLE_REPLY, plain)
+    body += _tuple_attribute(Attribute.TUPLE_ORIG, original)
+    body += _tuple_attribute(Attribute.TUPLE_REPLY, plain)
     if (reply.source, reply.source_port) != (plain.source, plain.source_port):
         body += _nat(Attribute.NAT_DST, reply.source, reply.source_port)
     if (reply.destination, reply.destination_port) != (plain.destination, plain.destination_port):

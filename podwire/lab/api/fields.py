@@ -112,7 +112,7 @@ def qualified_name(text: str) -> list[str]:
     return out
 
 
-def label_value(text: str) -> list[str]:
+def _label_value(text: str) -> list[str]:
     out = [] if len(text) <= 63 else ["must be no more than 63 characters"]
     if not _LABEL_VALUE.fullmatch(text):
         out.append(
@@ -128,7 +128,7 @@ def labels(path: str, found: Json | None) -> list[FieldError]:
     out: list[FieldError] = []
     for key, value in (found or {}).items():
         out += [invalid(path, key, problem) for problem in qualified_name(key)]
-        out += [invalid(path, value, problem) for problem in label_value(str(value))]
+        out += [invalid(path, value, problem) for problem in _label_value(str(value))]
     return out
 
 
@@ -153,7 +153,7 @@ def label_selector(path: str, selector: Json | None) -> list[FieldError]:
         out += [invalid(f"{at}.key", key, problem) for problem in qualified_name(key)]
         for j, value in enumerate(values):
             where = f"{at}.values[{j}]"
-            out += [invalid(where, value, problem) for problem in label_value(str(value))]
+            out += [invalid(where, value, problem) for problem in _label_value(str(value))]
     return out
 
 

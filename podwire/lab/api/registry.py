@@ -45,7 +45,7 @@ def timestamp(time: datetime) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def random_suffix(length: int = 5) -> str:
+def _random_suffix(length: int = 5) -> str:
     """What generateName appends."""
     return "".join(random.choices(_RANDOM, k=length))
 
@@ -116,7 +116,7 @@ class Registry:
             if not metadata.get("generateName"):
                 why = "name or generateName is required"
                 raise errors.invalid(resource, "", [_required_name(why)])
-            metadata["name"] = metadata["generateName"] + random_suffix()
+            metadata["name"] = metadata["generateName"] + _random_suffix()
         name = metadata["name"]
         if resource.namespaced:
             self._check_namespace(resource, namespace, name)

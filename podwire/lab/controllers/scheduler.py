@@ -192,7 +192,7 @@ def _host_ports(pod: Json) -> set[tuple[int, str]]:
 
 def node_refusal(pod: Json, node: Json) -> str:
     """Why the node's own state keeps the pod away, or ``""``."""
-    for taint in node_taints(node):
+    for taint in _node_taints(node):
         if taint.get("effect") in _NO_NEW_PODS and not _tolerated(pod, taint):
             return f"node(s) had untolerated taint {{{taint.get('key')}: {taint.get('value', '')}}}"
     if not selects_node(tree.mapping(pod, "spec"), node):
@@ -200,7 +200,7 @@ def node_refusal(pod: Json, node: Json) -> str:
     return ""
 
 
-def node_taints(node: Json) -> list[Json]:
+def _node_taints(node: Json) -> list[Json]:
     """The taints of the spec, and those that the node's state implies."""
     taints = list(tree.mappings(node, "spec", "taints"))
     if tree.value(node, "spec", "unschedulable"):

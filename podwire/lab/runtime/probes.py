@@ -15,7 +15,7 @@ from podwire.lab.runtime.objects import Container, HTTPGet, Probe, TCPSocket
 FIRST_RETRY_S = 0.1
 
 
-def resolve_port(port: int | str, container: Container) -> int:
+def _resolve_port(port: int | str, container: Container) -> int:
     """The number of a port that a probe names; 0 when the container has no port of that name."""
     if isinstance(port, int):
         return port
@@ -44,7 +44,7 @@ async def _ask(
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = netns.socket(node_netns, family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        await loop.sock_connect(sock, (address, resolve_port(handler.port, container)))
+        await loop.sock_connect(sock, (address, _resolve_port(handler.port, container)))
         if isinstance(handler, TCPSocket):
             return True
         host = f"[{address}]" if ":" in address else address
