@@ -16,7 +16,8 @@
 #define TAG_FIRST 8192
 #define TAG_NONE 4096
 
-#define TUNNEL_PORT 8472 /* of UDP, as `wiring.routes` has it */
+#define VXLAN_PORT 8472 /* of UDP, as `nodes.OVERLAY_PORTS` has them */
+#define GENEVE_PORT 6081
 
 #define TUNNELLED 0x7078 /* tc_index: has its tunnel's key */
 
@@ -69,7 +70,9 @@ static __always_inline struct tunnel *find_tunnel(const struct address *address)
  * it is masqueraded, and say of whoever it likes that he sent it. */
 static __always_inline bool is_for_tunnel(const struct flow *to)
 {
-	return to->protocol == IPPROTO_UDP && to->destination_port == bpf_htons(TUNNEL_PORT) &&
+	return to->protocol == IPPROTO_UDP &&
+	       (to->destination_port == bpf_htons(VXLAN_PORT) ||
+		to->destination_port == bpf_htons(GENEVE_PORT)) &&
 	       find_tunnel(&to->destination);
 }
 

@@ -23,6 +23,7 @@ from podwire.net import parse_prefix
 
 WIRINGS = ("bridge", "routed", "vpc")
 ROUTINGS = ("direct", "vxlan")
+TUNNEL_PROTOCOLS = ("vxlan", "geneve")
 DATAPATHS = ("auto", "nftables", "iptables", "ebpf")
 PARTS = ("services", "policy", "nodes", "cni")
 
@@ -52,6 +53,7 @@ class Options:
     parts: tuple[str, ...] = PARTS
     wiring: str = "bridge"
     routing: str = "direct"
+    tunnel_protocol: str = "vxlan"
     datapath: str = "auto"
     # Services, in kube-proxy's words
     nodeport_addresses: tuple[str, ...] = ("primary",)
@@ -86,6 +88,7 @@ class Options:
         for flag, value, allowed in (
             ("--wiring", self.wiring, WIRINGS),
             ("--routing", self.routing, ROUTINGS),
+            ("--tunnel-protocol", self.tunnel_protocol, TUNNEL_PROTOCOLS),
             ("--datapath", self.datapath, DATAPATHS),
             ("--lb-algorithm", self.lb_algorithm, ALGORITHMS),
             ("--maglev-table-size", self.maglev_table_size, SIZES),
@@ -113,6 +116,10 @@ class Options:
                     parse_prefix(value)
                 except InvalidObject as error:
                     raise ConfigError(f"{flag}: {error}") from None
+        if self.tunnel_protocol != "vxlan" and self.routing != "vxlan":
+            raise ConfigError(
+                f"--tunnel-protocol {self.tunnel_protocol} is for the overlay: --routing vxlan"
+            )
         if self.datapath == "ebpf" and self.wiring == "vpc":
             raise ConfigError(
                 "--datapath ebpf does not know the pods' ENIs: use --datapath nftables "

@@ -39,8 +39,9 @@ from podwire.datapath.nftables.spoof import SpoofGuard
 from podwire.datapath.nftables.spoof_routed import RoutedSpoofGuard
 from podwire.datapath.nftables.vpc import VpcPart
 from podwire.datapath.policy import BRIDGE_REQUIREMENTS
+from podwire.errors import Unsupported
 from podwire.ipam.vpc.settings import read_settings
-from podwire.kernel import sysctl
+from podwire.kernel import geneve, sysctl
 from podwire.kube.objects import (
     EndpointSlice,
     ENIConfig,
@@ -156,7 +157,10 @@ def _add_nodes(built: Built, options: Options) -> None:
         options.node_name,
         "vxlan" if options.routing == "vxlan" else "direct",
         no_masquerade=[parse_prefix(text) for text in options.non_masquerade_cidrs],
+        protocol="geneve" if options.tunnel_protocol == "geneve" else "vxlan",
     )
+    if options.tunnel_protocol == "geneve" and not geneve.is_supported():
+        raise Unsupported("--tunnel-protocol geneve: this kernel has no Geneve devices")
     programs = built.datapath.programs
     routes = NodeRoutes(guard=programs.sync_links) if programs is not None else NodeRoutes()
     sync = Sync("routes", (Node,), compiler.update, routes)

@@ -14,6 +14,7 @@ from podwire.agent.options import (
     MODES,
     PARTS,
     ROUTINGS,
+    TUNNEL_PROTOCOLS,
     WIRINGS,
     Options,
     read_kube_proxy_config,
@@ -32,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--only", default=",".join(PARTS), help="parts to run, comma-separated (%(default)s)")
     add("--wiring", choices=WIRINGS, default=default.wiring)
     add("--routing", choices=ROUTINGS, default=default.routing)
+    add("--tunnel-protocol", choices=TUNNEL_PROTOCOLS, default=default.tunnel_protocol)
     add("--datapath", "--proxy-mode", choices=(*DATAPATHS, "ipvs"), default=default.datapath)
     add("--nodeport-addresses", metavar="CIDRS", help="CIDRs, primary, localhost or all (primary)")
     add("--cluster-cidr", metavar="CIDRS", help="where the cluster's pods live")
@@ -74,6 +76,7 @@ def options_from(args: argparse.Namespace) -> Options:
         "parts": _list(args.only),
         "wiring": args.wiring,
         "routing": args.routing,
+        "tunnel_protocol": args.tunnel_protocol,
         "datapath": "nftables" if args.datapath == "ipvs" else args.datapath,
         "cut_established": args.policy_cut_established,
         "lb_algorithm": args.lb_algorithm,

@@ -11,7 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from podwire.agent.options import ACCELERATIONS, ALGORITHMS, MODES, Options
+from podwire.agent.options import (
+    ACCELERATIONS,
+    ALGORITHMS,
+    MODES,
+    ROUTINGS,
+    TUNNEL_PROTOCOLS,
+    Options,
+)
 from podwire.errors import ConfigError, PodwireError
 from podwire.lab import manifests, state
 from podwire.lab.cluster import UNREADY_TIMEOUT_S, Lab
@@ -35,7 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     up = add("up", "bring a lab up and wait until all pods are ready")
     up.add_argument("--nodes", type=int, default=2, metavar="N")
     up.add_argument("--dual-stack", action="store_true", help="IPv4 and IPv6")
-    up.add_argument("--routing", choices=("direct", "vxlan"), default="direct")
+    up.add_argument("--routing", choices=ROUTINGS, default="direct")
+    up.add_argument("--tunnel-protocol", choices=TUNNEL_PROTOCOLS, default="vxlan")
     up.add_argument("--wiring", choices=("bridge", "routed", "vpc"), default="bridge")
     up.add_argument("--datapath", choices=("auto", "nftables", "iptables", "ebpf"), default="auto")
     up.add_argument("--lb-algorithm", choices=ALGORITHMS, default="random")
@@ -99,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _up(args: argparse.Namespace) -> int:
     # what no agent would start with is said here, before anything is made
-    balancing = ("lb_algorithm", "lb_mode", "lb_acceleration")
-    agent = {name: getattr(args, name) for name in balancing}
+    told = ("tunnel_protocol", "lb_algorithm", "lb_mode", "lb_acceleration")
+    agent = {name: getattr(args, name) for name in told}
     Options(wiring=args.wiring, routing=args.routing, datapath=args.datapath, **agent).checked()
     found = manifests.read(args.file)
     terminal = Terminal()

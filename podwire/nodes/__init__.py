@@ -2,22 +2,26 @@
 
 from podwire.nodes.compiler import RouteCompiler
 from podwire.nodes.table import (
-    OVERLAY_DEVICE,
+    OVERLAY_DEVICES,
     OVERLAY_ID,
+    OVERLAY_PORTS,
     Neighbour,
     NodeRoute,
     RouteTable,
     Tunnel,
+    TunnelProtocol,
     Way,
 )
 
 __all__ = [
-    "OVERLAY_DEVICE",
+    "OVERLAY_DEVICES",
     "OVERLAY_ID",
+    "OVERLAY_PORTS",
     "Neighbour",
     "NodeRoute",
     "RouteCompiler",
     "RouteTable",
     "Tunnel",
+    "TunnelProtocol",
     "Way",
 ]

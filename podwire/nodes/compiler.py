@@ -1,9 +1,9 @@
 """Node objects → RouteTable.
 
 Direct: the other nodes' pod CIDRs by their InternalIP of the same family; the nodes must share a
-link. VXLAN: each node has one tunnel address per family, the network address of its pod CIDR (which
-no pool hands out), and a MAC derived from its name. So every entry follows from the Node object
-alone, and a node that returns needs no learning.
+link. Overlay: each node has one tunnel address per family, the network address of its pod CIDR
+(which no pool hands out), and a MAC derived from its name. So every entry follows from the Node
+object alone, and a node that returns needs no learning.
 
 Source: Kubernetes API, Node.spec.podCIDRs and Node.status.addresses; flannel's vxlan backend.
 """
@@ -19,7 +19,7 @@ from podwire.errors import InvalidObject
 from podwire.kube.objects import Node
 from podwire.kube.store import ChangeSet
 from podwire.net import Address, Prefix, parse_address, parse_prefix
-from podwire.nodes.table import Neighbour, NodeRoute, RouteTable, Routing, Tunnel
+from podwire.nodes.table import Neighbour, NodeRoute, RouteTable, Routing, Tunnel, TunnelProtocol
 
 
 class _Facts(NamedTuple):
@@ -39,7 +39,8 @@ class RouteCompiler:
     `no_masquerade` are further destinations that pods reach with their own address (as
     ip-masq-agent's nonMasqueradeCIDRs). `masquerade_to_nodes` says whether nodes see a foreign pod
     under its node's address; by default they do with VXLAN, where the underlay between the nodes
-    does not know pod addresses, and do not with direct routing.
+    does not know pod addresses, and do not with direct routing. `protocol` is the overlay's, where
+    the routing is "vxlan".
     """
 
     def __init__(
@@ -49,15 +50,17 @@ class RouteCompiler:
         *,
         no_masquerade: Iterable[Prefix] = (),
         masquerade_to_nodes: bool | None = None,
+        protocol: TunnelProtocol = "vxlan",
     ) -> None:
         self._node = node_name
         self._routing: Routing = routing
+        self._protocol: TunnelProtocol = protocol
         self._no_masquerade = frozenset(no_masquerade)
         self._masquerade_to_nodes = (
             routing == "vxlan" if masquerade_to_nodes is None else masquerade_to_nodes
         )
         self._facts: dict[str, _Facts] = {}
-        self._table = RouteTable(node_name, routing)
+        self._table = RouteTable(node_name, routing, protocol=protocol)
 
     def update(self, changes: ChangeSet) -> RouteTable:
         """The new table; the same object as before when nothing that counts has changed."""
@@ -115,6 +118,7 @@ class RouteCompiler:
             self._node_addresses(),
             MappingProxyType(owners),
             MappingProxyType(problems),
+            self._protocol,
         )
 
     def _owners(self, own: _Facts) -> tuple[dict[Prefix, str], dict[str, str]]:
@@ -144,7 +148,7 @@ class RouteCompiler:
 
 
 def tunnel_mac(node: str) -> bytes:
-    """The MAC of a node's VXLAN device: locally administered, derived from the name alone."""
+    """The MAC of a node's device: locally administered, derived from the name alone."""
     return b"\x0a" + hashlib.sha1(f"podwire.vxlan {node}".encode()).digest()[:5]
 
 

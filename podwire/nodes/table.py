@@ -12,11 +12,17 @@ from podwire.net import Address, Prefix
 
 Routing: TypeAlias = Literal["direct", "vxlan"]
 
-OVERLAY_DEVICE = "podwire.vxlan"
+TunnelProtocol: TypeAlias = Literal["vxlan", "geneve"]
+
+OVERLAY_DEVICES: Mapping[TunnelProtocol, str] = {
+    "vxlan": "podwire.vxlan",
+    "geneve": "podwire.geneve",
+}
+OVERLAY_PORTS: Mapping[TunnelProtocol, int] = {"vxlan": 8472, "geneve": 6081}
 OVERLAY_ID = 4096
 """The VNI of packets that say nothing about who sent them (flannel's and Cilium's are 1 and 2)."""
 
-# Outer IP; then UDP and VXLAN headers and the inner Ethernet's (RFC 7348, section 5).
+# Outer IP; then UDP, VXLAN (RFC 7348) or Geneve without options (RFC 8926), and inner Ethernet.
 _OVERHEAD = {4: 20 + 8 + 8 + 14, 16: 40 + 8 + 8 + 14}
 
 
@@ -32,14 +38,14 @@ class NodeRoute(NamedTuple):
 
 
 class Neighbour(NamedTuple):
-    """The tunnel address `address` of another node has this MAC on the VXLAN device."""
+    """The tunnel address `address` of another node has this MAC on the overlay's device."""
 
     address: Address
     mac: bytes
 
 
 class Tunnel(NamedTuple):
-    """The VXLAN device with this MAC is the one of the node `remote`."""
+    """The overlay's device with this MAC is the one of the node `remote`."""
 
     mac: bytes
     remote: Address
@@ -63,10 +69,10 @@ class Way(NamedTuple):
 class RouteTable:
     """All that one node needs. Empty until the node's own object is known.
 
-    `tunnel_addresses` (one per family) and `tunnel_mac` are this node's own on the VXLAN device,
-    `underlay` is its address there and for direct routing. `cluster_prefixes` are what pods reach
-    with their own address, `pod_prefixes` this node's own pods, `node_addresses` are all nodes'.
-    `owners` says whose a prefix is.
+    `tunnel_addresses` (one per family) and `tunnel_mac` are this node's own inside the overlay of
+    `protocol`, `underlay` is its address there and for direct routing. `cluster_prefixes` are what
+    pods reach with their own address, `pod_prefixes` this node's own pods, `node_addresses` are all
+    nodes'. `owners` says whose a prefix is.
     """
 
     node: str
@@ -82,6 +88,7 @@ class RouteTable:
     node_addresses: frozenset[Address] = frozenset()
     owners: Mapping[Prefix, str] = field(default_factory=lambda: MappingProxyType({}))
     problems: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    protocol: TunnelProtocol = "vxlan"
 
     @property
     def overhead(self) -> int:

@@ -1,17 +1,17 @@
-"""A RouteTable made true in the kernel: routes to the other nodes' pods, and the VXLAN device.
+"""A RouteTable made true in the kernel: routes to the other nodes' pods, and the overlay's device.
 
-Ours are the routes with `ROUTE_PROTOCOL` in the main table and everything on the VXLAN device. What
+Ours are the routes with `ROUTE_PROTOCOL` in the main table and everything on that device. What
 others made is never touched: a route of theirs in the way is a problem to be named, not replaced.
 
 Every change reconciles with what the kernel holds, and `concerns` tells from a notification
 whether somebody interfered, so nothing is listed while all is quiet.
 
-The VXLAN device is one for all nodes and all VNIs (collect metadata): where a packet goes is said
-by the route's encapsulation, or by eBPF, which puts the sender's identity in the VNI. So nodes on
-different data paths understand each other. It uses UDP port 8472, which the firewalls of most
-clusters let through for flannel and Cilium, learns nothing and has no link-local address: all its
-entries are permanent and ours. On such a device the forwarding entries move no packet: they tell
-people and tools that ask `bridge fdb` which node a MAC is.
+The device (VXLAN, or Geneve where the kernel has it) is one for all nodes and all VNIs: it collects
+metadata. Where a packet goes is said by the route's encapsulation, or by eBPF, which puts the
+sender's identity in the VNI; so nodes on different data paths understand each other. VXLAN uses UDP
+port 8472, which the firewalls of most clusters let through for flannel and Cilium. The device
+learns nothing and has no link-local address: all its entries are permanent and ours. Forwarding
+entries move no packet on it: they tell people and tools that ask `bridge fdb` which node a MAC is.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable
 
-from podwire.kernel import address, link, neighbour, route, vxlan
+from podwire.kernel import address, geneve, link, neighbour, route, vxlan
 from podwire.kernel.address import InterfaceAddress
+from podwire.kernel.geneve import Geneve
 from podwire.kernel.link import End, Link
 from podwire.kernel.monitor import LOST, Event
 from podwire.kernel.neighbour import Forward, Neighbour
@@ -28,14 +29,22 @@ from podwire.kernel.netlink import NetlinkSocket, Request
 from podwire.kernel.route import Encapsulation, Route
 from podwire.kernel.vxlan import Vxlan
 from podwire.net import Address, format_address
-from podwire.nodes import OVERLAY_DEVICE as DEVICE
-from podwire.nodes import OVERLAY_ID, NodeRoute, RouteTable
+from podwire.nodes import (
+    OVERLAY_DEVICES,
+    OVERLAY_ID,
+    OVERLAY_PORTS,
+    NodeRoute,
+    RouteTable,
+    TunnelProtocol,
+)
 
 ROUTE_PROTOCOL = 80
-PORT = 8472
+_VXLAN = Vxlan(0, OVERLAY_PORTS["vxlan"], collect_metadata=True)
+_GENEVE = Geneve(OVERLAY_PORTS["geneve"])
 
 _DEFAULT_MTU = 1500
 _HINTS = {
+    errno.EADDRINUSE: " (its UDP port is taken, as by a VXLAN device of flannel or Cilium)",
     errno.EEXIST: " (one that is not podwire's is in the way)",
     errno.ENETUNREACH: " (direct routing needs nodes that share a link; else use vxlan)",
     errno.EHOSTUNREACH: " (direct routing needs nodes that share a link; else use vxlan)",
@@ -81,9 +90,10 @@ class NodeRoutes:
         return self._reconcile(self._table) if self._table else []
 
     def cleanup(self) -> None:
-        """Remove the device and all our routes."""
-        if link.find(self._sock, DEVICE):
-            self._sock.run(link.delete(DEVICE).tolerating(errno.ENODEV))
+        """Remove the devices and all our routes."""
+        for device in OVERLAY_DEVICES.values():
+            if link.find(self._sock, device):
+                self._sock.run(link.delete(device).tolerating(errno.ENODEV))
         routes = route.dump(self._sock, protocol=ROUTE_PROTOCOL)
         self._sock.run(*(route.delete(each).tolerating(errno.ESRCH) for each in routes))
         self._table = None
@@ -111,7 +121,7 @@ class NodeRoutes:
             if underlay and seen.index == underlay.index:
                 gone = event.type == link.RTM_DELLINK
                 return gone or (seen.mtu, seen.up) != (underlay.mtu, underlay.up)
-            return seen.name == DEVICE
+            return seen.name in OVERLAY_DEVICES.values()
         if event.type in (route.RTM_NEWROUTE, route.RTM_DELROUTE):
             changed = route.parse(event.body)
             return changed.protocol == ROUTE_PROTOCOL and changed.kind == route.UNICAST
@@ -123,13 +133,14 @@ class NodeRoutes:
         self._problems = {}
         self._underlay = self._find_underlay(table)
         repairs: list[str] = []
-        if table.tunnel_mac and self._underlay:
+        self._device = 0
+        overlay = bool(table.tunnel_mac and self._underlay)
+        for protocol, device in OVERLAY_DEVICES.items():
+            if not (overlay and protocol == table.protocol) and link.find(self._sock, device):
+                self._do([link.delete(device)], repairs)
+        if overlay and self._underlay:
             self._device = self._ensure_device(table, self._underlay.mtu, repairs)
             self._fill_device(table, repairs)
-        else:
-            self._device = 0
-            if link.find(self._sock, DEVICE):
-                self._do([link.delete(DEVICE)], repairs)
         self._ensure_routes(table, repairs)
         return repairs
 
@@ -144,24 +155,21 @@ class NodeRoutes:
         return None
 
     def _ensure_device(self, table: RouteTable, underlay_mtu: int, repairs: list[str]) -> int:
-        wanted = Vxlan(0, PORT, collect_metadata=True)
-        mtu = underlay_mtu - table.overhead
-        found = link.find(self._sock, DEVICE)
-        if found and (found.kind != "vxlan" or vxlan.read(found) != wanted):
-            self._do([link.delete(DEVICE)], repairs)
+        name, mtu = OVERLAY_DEVICES[table.protocol], underlay_mtu - table.overhead
+        found = link.find(self._sock, name)
+        if found and not _is_ours(found, table.protocol):
+            self._do([link.delete(name)], repairs)
             found = None
         if found is None:
-            no_link_local = link.configure(DEVICE, ipv6_address_generation="none")
-            requests = [
-                vxlan.add_vxlan(End(DEVICE, mac=table.tunnel_mac, mtu=mtu), wanted),
-                no_link_local.tolerating(errno.EAFNOSUPPORT),
-            ]
+            end = End(name, mac=table.tunnel_mac, mtu=mtu)
+            no_link_local = link.configure(name, ipv6_address_generation="none")
+            requests = [_add(end, table.protocol), no_link_local.tolerating(errno.EAFNOSUPPORT)]
             self._do(requests, repairs)
             self._guard()
-            self._do([link.change(DEVICE, up=True)], repairs)
-            found = link.find(self._sock, DEVICE)
+            self._do([link.change(name, up=True)], repairs)
+            found = link.find(self._sock, name)
         elif (found.mac, found.mtu, found.up) != (table.tunnel_mac, mtu, True):
-            self._do([link.change(DEVICE, mac=table.tunnel_mac, mtu=mtu, up=True)], repairs)
+            self._do([link.change(name, mac=table.tunnel_mac, mtu=mtu, up=True)], repairs)
         return found.index if found else 0
 
     def _fill_device(self, table: RouteTable, repairs: list[str]) -> None:
@@ -183,11 +191,12 @@ class NodeRoutes:
             neighbour.delete(entry) for entry in permanent if entry.address not in addresses
         ]
 
-        tunnels = {Forward(device, t.mac, t.remote) for t in table.fdb}
-        macs = {tunnel.mac for tunnel in tunnels}
-        forwards = set(neighbour.dump_forwards(self._sock, link=device))
-        requests += map(neighbour.add_forward, tunnels - forwards)
-        requests += [neighbour.delete_forward(f) for f in forwards if f.mac not in macs]
+        if table.protocol == "vxlan":
+            tunnels = {Forward(device, t.mac, t.remote) for t in table.fdb}
+            macs = {tunnel.mac for tunnel in tunnels}
+            forwards = set(neighbour.dump_forwards(self._sock, link=device))
+            requests += map(neighbour.add_forward, tunnels - forwards)
+            requests += [neighbour.delete_forward(f) for f in forwards if f.mac not in macs]
         self._do(requests, repairs)
 
     def _ensure_routes(self, table: RouteTable, repairs: list[str]) -> None:
@@ -233,3 +242,14 @@ class NodeRoutes:
             hint = _HINTS.get(failure.errno, "")
             self._problems[failure.request.what] = f"{failure.error()}{hint}"
         repairs += [request.what for request in batch if request.what not in self._problems]
+
+
+def _add(end: End, protocol: TunnelProtocol) -> Request:
+    return vxlan.add_vxlan(end, _VXLAN) if protocol == "vxlan" else geneve.add_geneve(end, _GENEVE)
+
+
+def _is_ours(device: Link, protocol: TunnelProtocol) -> bool:
+    """Whether it is what we would make: another name's keeper may have made something else."""
+    if device.kind != protocol:
+        return False
+    return vxlan.read(device) == _VXLAN if protocol == "vxlan" else geneve.read(device) == _GENEVE

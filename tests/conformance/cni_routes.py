@@ -15,9 +15,9 @@ from podwire.kernel.monitor import Group, Monitor
 from podwire.kube.objects import Metadata, Node, NodeAddress, NodeSpec, NodeStatus
 from podwire.kube.store import Store
 from podwire.net import format_address
-from podwire.nodes import RouteCompiler
+from podwire.nodes import OVERLAY_DEVICES, RouteCompiler
 from podwire.nodes.table import RouteTable, Routing
-from podwire.wiring.routes import DEVICE, NodeRoutes
+from podwire.wiring.routes import NodeRoutes
 from tests.conformance.cni_actions import Skip
 from tests.conformance.cni_case import Case, fill
 from tests.conformance.cni_live import Live
@@ -26,6 +26,7 @@ from tests.conformance.cni_state import state
 from tests.conformance.cni_vocabulary import by_namespace
 
 BASE_MTU = 1600
+DEVICE = OVERLAY_DEVICES["vxlan"]
 _GROUPS = [Group.LINK, Group.NEIGHBOUR, Group.IPV4_ROUTE, Group.IPV4_ADDRESS]
 _LOOK_S = 0.05
 

@@ -23,11 +23,10 @@ from podwire.kernel.bpf import features
 from podwire.kube.objects import Namespace, NetworkPolicy, Node, Pod
 from podwire.kube.store import Store
 from podwire.net import Protocol, parse_address
-from podwire.nodes import OVERLAY_DEVICE, OVERLAY_ID, RouteCompiler
+from podwire.nodes import OVERLAY_DEVICES, OVERLAY_ID, OVERLAY_PORTS, RouteCompiler
 from podwire.nodes.compiler import tunnel_mac
 from podwire.policy import Attachment, PolicyCompiler
 from podwire.policy.tags import tag
-from podwire.wiring.routes import PORT as PORT_OF_TUNNEL
 from podwire.wiring.routes import NodeRoutes
 from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, OUTSIDE, POD, REMOTE, World
 from tests.kernel.test_ebpf_services import VIP, make_port, make_table
@@ -39,6 +38,7 @@ pytestmark = [
 if os.geteuid() == 0 and features.missing():
     pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
 
+OVERLAY_DEVICE = OVERLAY_DEVICES["vxlan"]
 CLUSTER = "8f1c5a1e-0000-4000-8000-000000000001"
 CIDRS = {"node": ("10.244.0.0/24", "fd44::/64"), "other": ("10.244.1.0/24", "fd44:1::/64")}
 THIRD = {4: "10.244.2.5", 6: "fd44:2::5"}  # of a third node's pods
@@ -302,8 +302,9 @@ def test_a_pod_does_not_reach_the_other_end_of_the_tunnel(world):
     before = world.programs.outcomes()["spoofed"]
     family = {4: socket.AF_INET, 6: socket.AF_INET6}[world.underlay]
     with netns.socket(world.spaces["pod1"], family, socket.SOCK_DGRAM) as client:
-        client.sendto(b"x" * 50, (OUTSIDE[world.underlay], PORT_OF_TUNNEL))
-    assert world.programs.outcomes()["spoofed"] == before + 1
+        for port in OVERLAY_PORTS.values():
+            client.sendto(b"x" * 50, (OUTSIDE[world.underlay], port))
+    assert world.programs.outcomes()["spoofed"] == before + 2
 
 
 @FAMILIES

@@ -15,15 +15,16 @@ from podwire.kernel.netlink import NetlinkSocket
 from podwire.kube.objects import Metadata, Node, NodeAddress, NodeSpec, NodeStatus
 from podwire.kube.store import Store
 from podwire.net import parse_address, parse_prefix
-from podwire.nodes import RouteCompiler
-from podwire.nodes.table import Routing
-from podwire.wiring.routes import DEVICE, NodeRoutes
+from podwire.nodes import OVERLAY_DEVICES, RouteCompiler
+from podwire.nodes.table import Routing, TunnelProtocol
+from podwire.wiring.routes import NodeRoutes
 from tests.conftest import present
 from tests.traffic import udp_source
 
 A, P = parse_address, parse_prefix
 NAMES = ("n1", "n2", "n3")
 UNDERLAY_MTU = 1600
+DEVICE = OVERLAY_DEVICES["vxlan"]
 
 
 @dataclass
@@ -45,9 +46,14 @@ class Cluster:
     """Three nodes on one underlay, dual stack."""
 
     def __init__(
-        self, routing: Routing, make_netns: Callable[[], int], families: tuple[int, ...] = (4, 6)
+        self,
+        routing: Routing,
+        make_netns: Callable[[], int],
+        families: tuple[int, ...] = (4, 6),
+        protocol: TunnelProtocol = "vxlan",
     ) -> None:
         self.routing = routing
+        self.protocol: TunnelProtocol = protocol
         self.families = families
         self.store = Store()
         switch = make_netns()
@@ -70,7 +76,8 @@ class Cluster:
 
     def _member(self, name: str, number: int, fd: int, routing: Routing) -> Member:
         sock = NetlinkSocket(netns_fd=fd)
-        return Member(name, number, fd, sock, NodeRoutes(fd), RouteCompiler(name, routing))
+        compiler = RouteCompiler(name, routing, protocol=self.protocol)
+        return Member(name, number, fd, sock, NodeRoutes(fd), compiler)
 
     def _underlay(self, member: Member) -> None:
         sock, n = member.sock, member.number

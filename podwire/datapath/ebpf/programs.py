@@ -59,7 +59,7 @@ from podwire.kernel.bpf import (
 )
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address
-from podwire.nodes import OVERLAY_DEVICE
+from podwire.nodes import OVERLAY_DEVICES
 
 OBJECTS = Path(__file__).resolve().parents[2] / "built" / "bpf"
 _LOOPBACK = 1
@@ -242,12 +242,15 @@ class Programs:
 
     def _sync_overlay(self, present: Iterable[links.Link]) -> None:
         """Both ends of the device between nodes; programs check it once tunnels are known."""
-        found = next((each.index for each in present if each.name == OVERLAY_DEVICE), 0)
-        if "overlay" not in self._features:
-            found = 0
-        elif found:
-            self._attach_tcx("from_overlay", found, "ingress", first=True)
-            self._attach_tcx("to_overlay", found, "egress")
+        names = OVERLAY_DEVICES.values() if "overlay" in self._features else ()
+        found = next((each.index for each in present if each.name in names), 0)
+        if found:
+            try:
+                self._attach_tcx("from_overlay", found, "ingress", first=True)
+                self._attach_tcx("to_overlay", found, "egress")
+            except KernelError as error:
+                if error.errno != errno.ENODEV:
+                    raise
         checked = found if self.growing["tunnels"].fill()[0] else 0
         if checked != self._overlay:
             self._overlay = checked

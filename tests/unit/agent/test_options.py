@@ -78,6 +78,8 @@ def test_nonsense_is_one_clear_error(tmp_path: Path, text: str) -> None:
         Options(nodeport_addresses=("10.0.0.0/33",)),
         Options(parts=("everything",)),
         Options(datapath="ebpf", wiring="vpc"),
+        Options(tunnel_protocol="geneve"),
+        Options(tunnel_protocol="gre", routing="vxlan"),
     ],
 )
 def test_flags_are_checked(options: Options) -> None:

@@ -7,7 +7,8 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podwire.kernel import netlink, route, rule, sysctl
+from podwire.kernel import geneve, netlink, route, rule, sysctl
+from podwire.kernel.link import End
 from podwire.net import Prefix
 
 payloads = st.binary(max_size=40)
@@ -102,3 +103,29 @@ def test_sysctl_names() -> None:
     assert sysctl.path("net.ipv4.ip_forward") == "/proc/sys/net/ipv4/ip_forward"
     name = f"net.ipv6.conf.{sysctl.interface('eth0.100')}.forwarding"
     assert sysctl.path(name) == "/proc/sys/net/ipv6/conf/eth0.100/forwarding"
+
+
+def test_a_geneve_device_is_asked_for_as_ip_does() -> None:
+    """`ip link add gnv0 mtu 1400 type geneve external dstport 6081`."""
+    request = geneve.add_geneve(End("gnv0", mtu=1400), geneve.Geneve(6081))
+    found = netlink.attributes(request.body, 16)
+    assert netlink.string(found[3]) == "gnv0"
+    kind = netlink.attributes(found[18])
+    assert netlink.string(kind[1]) == "geneve"
+    assert netlink.attributes(kind[2]) == {5: b"\x17\xc1", 6: b""}
+
+
+def test_a_route_into_a_tunnel_is_asked_for_as_ip_does() -> None:
+    """`ip route add … encap ip6 id 4096 dst fd07::2 src fd07::1 csum via … dev …`."""
+    tunnel = route.Encapsulation(4096, b"\xfd" * 16, b"\xfc" * 16, checksum=True)
+    prefix = Prefix(bytes([10, 1, 2, 0]), 24)
+    wanted = route.via(prefix, bytes([10, 1, 2, 0]), 7, onlink=True, tunnel=tunnel)
+    found = netlink.attributes(route.add(wanted).body, 12)
+    assert netlink.number(found[21]) == 4
+    assert netlink.attributes(found[22]) == {
+        1: (4096).to_bytes(8, "big"),
+        2: b"\xfd" * 16,
+        3: b"\xfc" * 16,
+        6: b"\0\1",
+    }
+    assert route.parse(route.add(wanted).body) == wanted
