@@ -183,7 +183,7 @@ class Nodes:
         )
 
     def serve(self, space, address, port, kind=socket.SOCK_STREAM):
-        """Answer with the client's address and the size of what it sent, then the same again."""
+        """Answer every message with the client's address and the same again (see `ask`)."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = netns.socket(self.spaces[space], family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -193,8 +193,8 @@ class Nodes:
 
         def talk(client, peer):
             with contextlib.suppress(OSError), client:
-                while data := client.recv(1 << 20):
-                    client.sendall(f"{peer[0]} {len(data)} ".encode() + data)
+                while True:
+                    _send(client, f"{peer[0]} ".encode() + _receive(client))
 
         def loop():
             with contextlib.suppress(OSError):
@@ -205,7 +205,7 @@ class Nodes:
                         data, peer = listener.recvfrom(65536)
                         if peer is None:
                             return
-                        listener.sendto(f"{peer[0]} {len(data)} ".encode() + data, peer)
+                        listener.sendto(f"{peer[0]} ".encode() + data, peer)
 
         threading.Thread(target=loop, daemon=True).start()
 
@@ -229,11 +229,33 @@ class Nodes:
 
 
 def ask(client, data=b"who"):
-    """``(client as the server saw it, bytes that it got)``."""
-    client.sendall(data)
-    seen, size, echoed = client.recv(1 << 20).split(b" ", 2)
-    wanted = int(size)
-    while len(echoed) < wanted:
-        echoed += client.recv(1 << 20)
-    assert echoed == data[:wanted]
-    return seen.decode(), wanted
+    """``(client as the server saw it, bytes that it sent back)``. Streams frame their messages."""
+    if client.type == socket.SOCK_DGRAM:
+        client.send(data)
+        answer = client.recv(1 << 16)
+    else:
+        _send(client, data)
+        answer = _receive(client)
+    seen, echoed = answer.split(b" ", 1)
+    assert echoed == data
+    return seen.decode(), len(echoed)
+
+
+def _send(stream, data):
+    stream.sendall(len(data).to_bytes(4, "big") + data)
+
+
+def _receive(stream):
+    """A whole message. Raises ConnectionError at the end of the stream."""
+    size = int.from_bytes(_exactly(stream, 4), "big")
+    return _exactly(stream, size)
+
+
+def _exactly(stream, size):
+    data = b""
+    while len(data) < size:
+        some = stream.recv(size - len(data))
+        if not some:
+            raise ConnectionError("closed")
+        data += some
+    return data
