@@ -1,8 +1,13 @@
-"""The way of a packet, timed: `python -m bench.path [--datapath nftables --datapath ebpf …]`.
+"""The way of a packet, timed: `make bench BENCH=path [ARGS="--services 30000 --rounds 12"]`.
 
-One client pod and two servers, on its own node and on the other; straight, and through Services.
-Beside them, in the same run and in turn, a bare veth pair: the least that two namespaces can cost.
+A bare veth pair, which is the least that two namespaces can cost, a bridge, and pods of real labs
+with all parts on: nftables and eBPF, straight and through Services, on one node and across two.
 Programs in C (`crr.c`) inside the pods; times are whole round trips.
+
+Client and server share a CPU, but for throughput, where each has one. Left to the scheduler they
+part now and then for seconds, and what is timed then is how long an idle CPU takes to wake: 35 µs
+here, ten times what the path costs. All paths take turns, in an order that shifts from round to
+round; a ratio is the median over the rounds, between its quartiles.
 """
 
 from __future__ import annotations
@@ -10,193 +15,130 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from statistics import median
 
+from bench.path_worlds import Absent, Way, World, bare_pair, bridge, compiled, lab
 from bench.report import Report
-from podwire.kernel import address, link, netns
-from podwire.kernel.address import InterfaceAddress
-from podwire.kernel.link import End
-from podwire.kernel.netlink import NetlinkSocket
-from podwire.lab import manifests, teardown
-from podwire.lab.cluster import Lab
-from podwire.lab.state import LabDir
-from podwire.net import parse_address
 
-PORT = 5001
-CONNECTIONS, EXCHANGES, POUR_S = 1500, 6000, 0.4
-
-POD = """
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, labels: {{app: {name}}}}}
-spec: {{nodeName: {node}, containers: [{{name: c, ports: []}}]}}
----
-"""
-# Without a selector, its endpoint given by hand: else the echo server would listen on the port.
-SERVICE = """
-apiVersion: v1
-kind: Service
-metadata: {{name: {name}}}
-spec: {{ports: [{{port: 80}}]}}
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{name: {name}, labels: {{kubernetes.io/service-name: {name}}}}}
-addressType: IPv4
-ports: [{{port: {port}}}]
-endpoints: [{{addresses: ["{address}"], nodeName: {node}, conditions: {{ready: true}}}}]
----
-"""
+CONNECTIONS, EXCHANGES, POUR_S = 300, 1000, 0.25
+POURS = 6  # rounds with throughput
 
 
 @dataclass
-class Way:
-    """One row: where the client runs, and whom it asks. Samples in µs, and GB/s."""
+class Row:
+    """Samples of one way, round by round: µs, µs and Gbit/s."""
 
-    label: str
-    run: Callable[..., subprocess.CompletedProcess[str]]
-    address: str
-    port: int
-    connect: list[float] = field(default_factory=list[float])
-    exchange: list[float] = field(default_factory=list[float])
-    pour: list[float] = field(default_factory=list[float])
+    way: Way
+    connect: list[list[float]] = field(default_factory=list[list[float]])
+    exchange: list[list[float]] = field(default_factory=list[list[float]])
+    pour: list[list[float]] = field(default_factory=list[list[float]])
 
-    def measure(self, program: Path) -> None:
-        """One round of each kind."""
-        target = [self.address, str(self.port)]
-        for verb, count, samples in (
-            ("ask", CONNECTIONS, self.connect),
-            ("talk", EXCHANGES, self.exchange),
-        ):
-            lines = self._output([str(program), verb, *target, str(count)])
-            samples += [float(line) / 1000 for line in lines]
-        lines = self._output([str(program), "pour", *target, str(POUR_S)])
-        self.pour.append(float(lines[0]) / 1e9)
-
-    def _output(self, command: list[str]) -> list[str]:
-        done = self.run(command)
-        if done.returncode:
-            raise SystemExit(f"{self.label}: {' '.join(command[1:])}: {done.stderr.strip()}")
-        return done.stdout.split()
+    def measure(self, cpus: tuple[int, int], pour: bool) -> None:
+        """One round, the server being on the second CPU."""
+        near, same = cpus
+        connect = self.way.ask("ask", CONNECTIONS, cpu=same)
+        self.connect.append([ns / 1000 for ns in connect])
+        exchange = self.way.ask("talk", EXCHANGES, cpu=same)
+        self.exchange.append([ns / 1000 for ns in exchange])
+        if pour:
+            self.pour.append([rate * 8 / 1e9 for rate in self.way.ask("pour", POUR_S, cpu=near)])
 
 
-@contextlib.contextmanager
-def compiled() -> Iterator[Path]:
-    """The client and server program."""
-    with tempfile.TemporaryDirectory(prefix="podwire-bench-") as folder:
-        program = Path(folder) / "crr"
-        source = Path(__file__).with_name("crr.c")
-        subprocess.run(["gcc", "-O2", "-o", program, source], check=True, timeout=60)
-        yield program
+EBPF = "ebpf: pod → pod"
+EBPF_SERVICE = "ebpf: pod → Service"
+GOALS = {  # of "connect, request, close": the peer, and how many times as long it may take
+    EBPF: ("bare veth pair", 1.05),
+    EBPF_SERVICE: (EBPF, 1.08),
+}
+THROUGHPUT_GOAL = 0.95
+KINDS = {
+    "connect": ("connect, request, close", "µs"),
+    "exchange": ("request, response", "µs"),
+    "pour": ("throughput", "Gbit/s"),
+}
 
 
-@contextlib.contextmanager
-def serving(command: list[str], enter: Callable[[], None]) -> Iterator[None]:
-    """A server in the background; here once it listens."""
-    server = subprocess.Popen(command, preexec_fn=enter, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        if server.stdout.readline() != "ready\n":
-            raise SystemExit(f"{' '.join(command)} does not serve")
-        yield
-    finally:
-        server.kill()
-        server.wait(10)
+def worlds(services: int) -> list[World]:
+    """What is compared, in the order of the rows."""
+    many = f"ebpf: pod → Service, {services:,} Services"
+    GOALS[many] = (EBPF, 1.08)
+    return [
+        bare_pair(),
+        bridge(),
+        lab(
+            {"pod → pod": "nftables: pod → pod", "pod → Service": "nftables: pod → Service",
+             "pod → node": "nftables: across nodes"},
+            datapath="nftables", wiring="bridge",
+        ),
+        lab(
+            {"pod → pod": EBPF, "pod → Service": EBPF_SERVICE,
+             "judged": "ebpf: pod → pod, a NetworkPolicy selects both",
+             "pod → node": "ebpf: across nodes, direct"},
+            datapath="ebpf", wiring="routed",
+        ),
+        lab({"pod → Service": many}, datapath="ebpf", wiring="routed", nodes=1, services=services),
+        lab({"pod → node": "ebpf: across nodes, VXLAN"},
+            datapath="ebpf", wiring="routed", routing="vxlan"),
+    ]  # fmt: skip
 
 
-@contextlib.contextmanager
-def bare_pair(program: Path) -> Iterator[Way]:
-    """Two namespaces, one veth pair, nothing else."""
-    near, far = netns.create(), netns.create()
-    try:
-        for fd, peer, last in ((near, far, 1), (far, near, 2)):
-            with NetlinkSocket(netns_fd=fd) as sock:
-                if fd == near:
-                    sock.run(link.add_veth(End("eth0"), End("eth0", peer)))
-                found = link.find(sock, "eth0")
-                assert found is not None
-                own = InterfaceAddress(found.index, parse_address(f"10.99.0.{last}"), 24)
-                sock.run(address.add(own), link.change("eth0", up=True))
-
-        def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-            return netns.run(near, command, timeout_s=60)
-
-        command = [str(program), "serve", "10.99.0.2", str(PORT)]
-        with serving(command, lambda: netns.enter(far)):
-            yield Way("bare veth pair", run, "10.99.0.2", PORT)
-    finally:
-        os.close(near)
-        os.close(far)
-
-
-@contextlib.contextmanager
-def lab_ways(program: Path, datapath: str, wiring: str) -> Iterator[list[Way]]:
-    """A lab with that data path, its servers running."""
-    name = f"bench-{os.getpid()}-{datapath}"
-    try:
-        lab = Lab.up(name, datapath=datapath, wiring=wiring)
-        lab.wait()
-        places = {"client": "node1", "near": "node1", "far": "node2"}
-        pods = "".join(POD.format(name=name, node=node) for name, node in places.items())
-        lab.apply(manifests.parse(pods, "bench"))
-        lab.wait()
-        services = "".join(
-            SERVICE.format(
-                name=name, node=places[name], port=PORT, address=lab.pod(name)["status"]["podIP"]
-            )
-            for name in ("near", "far")
-        )
-        lab.apply(manifests.parse(services, "bench"))
-        lab.wait()
-        ways: list[Way] = []
-        place = lab.place("client")
-
-        def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                command, preexec_fn=place.enter, capture_output=True, text=True, timeout=60
+def tell(report: Report, rows: list[Row]) -> None:
+    """One line for each row and kind, beside the bare pair or the peer of its goal."""
+    named = {row.way.label: row for row in rows}
+    for kind, (words, unit) in KINDS.items():
+        for label, row in named.items():
+            peer, limit = GOALS.get(label, (rows[0].way.label, None))
+            if kind != "connect":
+                peer, limit = rows[0].way.label, None
+            found = named.get(peer) if row is not rows[0] else None
+            goals = {"ratio_at_most": limit} if limit else {}
+            if kind == "pour" and label in GOALS:
+                goals = {"ratio_at_least": THROUGHPUT_GOAL}
+            report.row(
+                f"{words}: {label}",
+                _all(getattr(row, kind)),
+                unit,
+                peer=_all(getattr(found, kind)) if found else None,
+                ratios=_ratios(getattr(row, kind), getattr(found, kind)) if found else None,
+                **goals,
             )
 
-        with contextlib.ExitStack() as stack:
-            for server, where in (("near", "same node"), ("far", "across nodes")):
-                pod = lab.pod(server)["status"]["podIP"]
-                service = lab.api("GET", f"/api/v1/namespaces/default/services/{server}")
-                command = [str(program), "serve", pod, str(PORT)]
-                stack.enter_context(serving(command, lab.place(server).enter))
-                ways.append(Way(f"{datapath}: {where}", run, pod, PORT))
-                cluster_ip = service["spec"]["clusterIP"]
-                ways.append(Way(f"{datapath}: {where}, Service", run, cluster_ip, 80))
-            yield ways
-    finally:
-        teardown.down(LabDir(name))
+
+def _all(rounds: list[list[float]]) -> list[float]:
+    return [sample for samples in rounds for sample in samples]
+
+
+def _ratios(ours: list[list[float]], theirs: list[list[float]]) -> list[float]:
+    """Round by round: what else the machine did fell on both."""
+    return [median(a) / median(b) for a, b in zip(ours, theirs, strict=True)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.path", description=__doc__)
-    parser.add_argument("--datapath", action="append", help="one or more (default: nftables)")
-    parser.add_argument("--wiring", default="bridge")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--services", type=int, default=30_000, help="in the row of many")
+    parser.add_argument("--rounds", type=int, default=16)
     args = parser.parse_args()
-    report = Report("path", "Round trips and throughput, pod to pod and through Services")
+    report = Report("path", "Pod to pod and through Services: round trips and throughput")
+    usable = sorted(os.sched_getaffinity(0))
+    cpus = usable[0], usable[-1]
+    rows: list[Row] = []
     with contextlib.ExitStack() as stack:
-        program = stack.enter_context(compiled())
-        bare = stack.enter_context(bare_pair(program))
-        ways: list[Way] = []
-        for datapath in args.datapath or ["nftables"]:
-            ways += stack.enter_context(lab_ways(program, datapath, args.wiring))
-        for _ in range(args.rounds):
-            for way in (bare, *ways):
-                way.measure(program)
-        for title, unit in (("connect", "µs"), ("exchange", "µs"), ("pour", "GB/s")):
-            words = {"connect": "connect, request, close", "exchange": "request, response"}
-            for way in (bare, *ways):
-                label = f"{words.get(title, 'throughput')}: {way.label}"
-                peer = None if way is bare else getattr(bare, title)
-                report.row(label, getattr(way, title), unit, peer=peer)
+        program = stack.enter_context(compiled(server_cpu=cpus[1]))
+        for world in worlds(args.services):
+            try:
+                rows += [Row(way) for way in stack.enter_context(world(program))]
+            except Absent as absent:
+                report.absent(absent.label, str(absent))
+        for row in rows:
+            row.measure(cpus, pour=False)  # caches are filled, neighbours known
+            row.connect.clear()
+            row.exchange.clear()
+        for number in range(args.rounds):
+            for row in (*rows[number % len(rows) :], *rows[: number % len(rows)]):
+                row.measure(cpus, pour=number < POURS)
+    tell(report, rows)
     return report.finish()
 
 

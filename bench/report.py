@@ -40,8 +40,12 @@ class Report:
         ratio_at_least: float | None = None,
         at_most: float | None = None,
         at_least: float | None = None,
+        ratios: Sequence[float] | None = None,
     ) -> None:
-        """Add a line. Goals hold for the median (`ratio_…`: ours divided by the peer's)."""
+        """Add a line. Goals hold for the median (`ratio_…`: ours divided by the peer's).
+
+        `ratios` are those of rounds that measured both: their median is the ratio, then.
+        """
         ours = summary(samples)
         row: dict[str, Any] = {"label": label, "unit": unit, **ours}
         judged = ours["p50"]
@@ -50,6 +54,9 @@ class Report:
             theirs = summary(peer)
             row["peer"] = theirs
             row["ratio"] = ours["p50"] / theirs["p50"] if theirs["p50"] else float("inf")
+            if ratios:
+                row["ratio"] = median(ratios)
+                row["ratio_quartiles"] = _quartiles(ratios)
             if ratio_at_most is not None or ratio_at_least is not None:
                 judged, bounds = row["ratio"], (ratio_at_most, ratio_at_least)
         upper, lower = bounds
@@ -59,6 +66,10 @@ class Report:
             row["goal"] = ", ".join(goals)
             row["met"] = (upper is None or judged <= upper) and (lower is None or judged >= lower)
         self.rows.append(row)
+
+    def absent(self, label: str, why: str) -> None:
+        """Add a line for what could not be measured."""
+        self.rows.append({"label": label, "absent": why})
 
     def finish(self) -> int:
         """Write the JSON file, print the table; 1 when a goal was missed, else 0."""
@@ -101,7 +112,14 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     }
 
 
+def _quartiles(samples: Sequence[float]) -> list[float]:
+    ordered = sorted(samples)
+    return [ordered[len(ordered) // 4], ordered[(3 * len(ordered) - 1) // 4]]
+
+
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
+    if "absent" in row:
+        return (row["label"], *[""] * 7, f"not measured: {row['absent']}", "")
     unit, peer = row["unit"], row.get("peer")
     return (
         row["label"],
@@ -111,10 +129,17 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
         str(row["n"]),
         f"{_figure(peer['p50'])} {unit}" if peer else "",
         _figure(peer["p99"]) if peer else "",
-        f"{row['ratio']:.2f} ×" if peer else "",
+        _ratio(row) if peer else "",
         row.get("goal", ""),
         {True: "MET", False: "MISSED", None: ""}[row.get("met")],
     )
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if "ratio_quartiles" not in row:
+        return f"{row['ratio']:.2f} ×"
+    low, high = row["ratio_quartiles"]
+    return f"{row['ratio']:.3f} × ({low:.3f}…{high:.3f})"
 
 
 def _figure(value: float) -> str:

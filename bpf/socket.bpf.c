@@ -138,6 +138,8 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool ipv4)
 		return 1;
 	bpf_sk_storage_delete(&socket_origins, ctx->sk);
 	read_remote(ctx, ipv4, &origin.frontend);
+	if (!address_flags(&origin.frontend.address))
+		return 1; /* of no Service */
 	switch (choose_remote(ctx, &origin.frontend, &origin.backend, true)) {
 	case VERDICT_TRANSLATE:
 		break;
