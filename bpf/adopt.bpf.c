@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Entries for the TCP connections that a namespace has open. Pods that no policy concerns have none
- * (`find_plain_neighbour`); user space runs this in such a pod's namespace when a policy begins to, so
- * that what is open is not judged again. */
+/* Entries for the TCP connections that a namespace has open. Pods that no policy concerns have none, or
+ * old ones (`find_plain_neighbour`); user space removes those and runs this in such a pod's namespace
+ * when a policy begins to concern it, so that what is open is not judged again. */
 #define PODWIRE_NO_PACKETS
 #include "conntrack.h"
 
@@ -46,7 +46,7 @@ static __always_inline void read_socket(const struct sock_common *socket, struct
 /* Entries that packets have made meanwhile know more: they stay. */
 static __always_inline void note(void *map, struct connection *value, __u8 flags)
 {
-	value->flags = flags | CONNECTION_LOCAL;
+	value->flags = flags;
 	bpf_map_update_elem(map, &value->to, value, BPF_NOEXIST);
 }
 
@@ -70,6 +70,5 @@ int adopt(struct bpf_iter__tcp *ctx)
 	note(map, &value, serves ? CONNECTION_REPLY : 0);
 	reverse(&value.to, &flow);
 	note(map, &value, serves ? 0 : CONNECTION_REPLY);
-	note_local_entries();
 	return 0;
 }

@@ -28,6 +28,15 @@ struct {
 	__type(value, __u8);
 } departed SEC(".maps");
 
+/* Pods whose own TCP is about to be read from their sockets (adopt.bpf.c). */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 8192);
+	__type(key, struct address);
+	__type(value, __u8);
+} adopted SEC(".maps");
+
 struct walk {
 	struct flow pair;
 	struct flow back;
@@ -36,7 +45,7 @@ struct walk {
 	__u32 datagram_s;
 	__u32 removed;
 	__u32 failed;
-	__u32 local; /* entries left that are LOCAL */
+	__u32 local; /* entries left that are LOCAL and TRANSLATED */
 };
 
 #define OPENING_S 60 /* TCP that was never answered, or has ended */
@@ -101,7 +110,7 @@ static long expire(void *map, const struct flow *key, struct connection *value, 
 	/* entries may be younger than this walk's idea of now */
 	if ((__s32)(w->now_s - seen_s) > (__s32)left)
 		remove_both(map, w, key);
-	else if (value->flags & CONNECTION_LOCAL)
+	else if (is_local_translation(value->flags))
 		w->local++;
 	return 0;
 }
@@ -151,6 +160,18 @@ static long depart(void *map, const struct flow *key, struct connection *value, 
 	return 0;
 }
 
+/* Of translated connections, and of other protocols, nobody knows but us: they stay. */
+static long forget_plain(void *map, const struct flow *key, struct connection *value, struct walk *w)
+{
+	if (key->protocol != IPPROTO_TCP || value->flags & CONNECTION_TRANSLATED ||
+	    (!bpf_map_lookup_elem(&adopted, &key->source) &&
+	     !bpf_map_lookup_elem(&adopted, &key->destination)))
+		return 0;
+	bpf_map_delete_elem(map, key);
+	w->removed++;
+	return 0;
+}
+
 static long move(void *map, const struct flow *key, struct connection *value, struct walk *w)
 {
 	void *current = current_map(&connections);
@@ -192,6 +213,9 @@ int collect(struct collect *args)
 		break;
 	case COLLECT_DEPARTED:
 		walked = bpf_for_each_map_elem(map, depart, &w, 0);
+		break;
+	case COLLECT_PLAIN:
+		walked = bpf_for_each_map_elem(map, forget_plain, &w, 0);
 		break;
 	}
 	args->walked = walked;

@@ -4,7 +4,7 @@
 
 #include "kernel.h"
 
-enum collect_mode { COLLECT_EXPIRE, COLLECT_DOOMED, COLLECT_MOVE, COLLECT_DEPARTED };
+enum collect_mode { COLLECT_EXPIRE, COLLECT_DOOMED, COLLECT_MOVE, COLLECT_DEPARTED, COLLECT_PLAIN };
 
 struct collect {
 	__u32 mode;

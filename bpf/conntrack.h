@@ -14,7 +14,7 @@ enum connection_flag {
 	CONNECTION_TRANSLATED = 1,
 	CONNECTION_REPLY = 2, /* the direction of the answers */
 	CONNECTION_HOST = 4, /* one end is a process of this node */
-	CONNECTION_LOCAL = 8, /* TCP that may be between two pods of this node */
+	CONNECTION_LOCAL = 8, /* TCP between two pods of this node */
 	CONNECTION_DSR = 16, /* led to another node, which answers the client itself */
 	CONNECTION_LED = 32, /* led here by another node: its two keys mirror each other */
 };
@@ -35,9 +35,10 @@ struct connection {
 	__u8 pad[6];
 };
 
-/* Whether any entry is LOCAL. While none is, packets from pod to pod need not look for theirs: in a
- * table that is large and cold, this is most of their cost. Creating an entry sets it; collect.bpf.c,
- * when it finds none, clears it, unless one was created while it counted. */
+/* Whether any entry is both LOCAL and TRANSLATED. While none is, TCP between pods that no policy concerns
+ * need not look for its own: in a table that is large and cold, this is most of a packet's cost.
+ * Creating such an entry sets it; collect.bpf.c clears it when it finds none, unless one was created
+ * while it counted. */
 enum local_entries { LOCAL_NONE, LOCAL_SOME, LOCAL_COUNTED };
 
 struct {
@@ -71,6 +72,11 @@ static __always_inline struct connection *find_connection(const struct flow *flo
 	slot = SLOT_RETIRING;
 	map = bpf_map_lookup_elem(&connections, &slot);
 	return map ? bpf_map_lookup_elem(map, flow) : NULL;
+}
+
+static __always_inline bool is_local_translation(__u8 flags)
+{
+	return flags & CONNECTION_LOCAL && flags & CONNECTION_TRANSLATED;
 }
 
 static __always_inline __u32 *find_local_entries(void)
@@ -233,7 +239,7 @@ static __always_inline enum reason create_original(struct creation *c, const str
 		forget_connection(&c->key);
 		return REASON_CONNECTIONS_FULL;
 	}
-	if (c->value.flags & CONNECTION_LOCAL)
+	if (is_local_translation(c->value.flags))
 		note_local_entries();
 	return 0;
 }

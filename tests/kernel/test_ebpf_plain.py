@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 
 import pytest
 
@@ -9,11 +10,13 @@ from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.policy import PolicyPart
 from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
 from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address
 from tests.kernel.ebpf_world import HOST_MAC, MAC, POD, World
 from tests.kernel.test_ebpf_policy import enforce, policy, populate
+from tests.kernel.test_ebpf_services import VIP, make_port, make_table
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
@@ -29,7 +32,7 @@ CLOSED_WEB = {"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["I
 def start(world):
     """The parts of an agent that starts: it knows pods first and policies then."""
     world.programs = Programs(world.name, world.spaces["node"])
-    world.programs.enable("pods", "policy")
+    world.programs.enable("pods", "policy", "services")
     EbpfPods(world.programs).replace(
         PodLink(
             world.ifindex(f"pod{n}"),
@@ -96,6 +99,20 @@ def test_what_is_open_outlives_a_policy_though_nobody_noted_it(world, spec):
         client.close()
 
 
+def test_what_closed_unseen_is_no_way_in(world):
+    enforce(world, policy("open", {**CLOSED_WEB, "ingress": [{}]}))
+    client = connected(world, 4)
+    port = client.getsockname()[1]
+    assert len(entries(world)) == 2
+    enforce(world)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    assert len(entries(world)) == 2
+    enforce(world, policy("closed", CLOSED_WEB))
+    with pytest.raises(TimeoutError):
+        world.ask("pod2", POD[1][4], 80, source=("", port), timeout=0.2)
+
+
 def test_policies_of_a_first_start_spare_what_is_open(world):
     client = connected(world, 4)  # no table yet: nobody is judged
     Connections(world.programs).clear()
@@ -113,6 +130,24 @@ def test_a_new_process_judges_what_the_last_one_judged(world):
     enforce(world, policy("closed", CLOSED))
     assert refused(world, 4)
     assert not [flow for flow in entries(world) if flow.destination_port == 80]
+
+
+def test_answers_of_a_backend_on_the_node_are_translated_back(world):
+    both = {"family": 4, "protocol": Protocol.TCP, "external": False}
+    table = make_table([make_port("s", 80, [POD[1][4]], **both)])
+    ServicesPart(table.settings.config, programs=world.programs).apply(table)
+    enforce(world)
+    state, first = world.programs.maps["local_entries"], bytes(4)
+    with netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_STREAM) as client:
+        client.settimeout(2)
+        client.connect((VIP[4], 80))
+        assert all(answers(client) for _ in range(3))
+        Connections(world.programs).expire()
+        assert state.lookup(first) != bytes(4)
+        assert answers(client)
+    Connections(world.programs).clear()
+    Connections(world.programs).expire()
+    assert state.lookup(first) == bytes(4)
 
 
 def test_the_middle_of_a_connection_that_never_began_is_judged(world):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from podwire.datapath.ebpf.layout import (
@@ -140,6 +140,18 @@ class Connections:
         if gone := list(departed.keys()):
             self._run("collect", CollectMode.DEPARTED)
             departed.delete_batch(gone)
+
+    def adopt(self, pods: Mapping[int, Sequence[Address]]) -> None:
+        """Hold what is open of these pods' own TCP, and no more: addresses by interface."""
+        addresses = [mapped(address) for each in pods.values() for address in each]
+        if addresses:
+            adopted = self._programs.maps["adopted"]
+            adopted.update_batch((address, b"\1") for address in addresses)
+            try:
+                self._run("collect", CollectMode.PLAIN)
+            finally:
+                adopted.delete_batch(addresses)
+            self._programs.run_in_pods("adopt", pods)
 
     def clear(self) -> None:
         """Forget all connections; those through Services end."""

@@ -46,6 +46,7 @@ class CollectMode(IntEnum):
     DOOMED = 1
     MOVE = 2
     DEPARTED = 3
+    PLAIN = 4
 
 
 class FrontendFlag(IntFlag):

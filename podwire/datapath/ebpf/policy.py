@@ -182,7 +182,7 @@ class PolicyPart:
         The open connections of pods that were not judged before, and of those that are new to this
         node's policies, are noted: they are not judged any more.
         """
-        begun: list[int] = []
+        begun: dict[int, Sequence[Address]] = {}
         with NetlinkSocket(netns_fd=self._programs.netns_fd) as netlink:
             for endpoint in endpoints:
                 found = links.find(netlink, endpoint.link)
@@ -193,8 +193,8 @@ class PolicyPart:
                 self._programs.add_pod(found.index)
                 was = set_plain(self._programs, found.index, endpoint.addresses, not judged)
                 if judged and (was or is_new(endpoint)):
-                    begun.append(found.index)
-        self._programs.adopt_connections(begun)
+                    begun[found.index] = endpoint.addresses
+        self.connections.adopt(begun)
 
     def _spell(self, table: PolicyTable) -> dict[str, dict[bytes, bytes]]:
         return {

@@ -349,15 +349,13 @@ class Programs:
         for path in self.namespaces.values():
             _run_in(path, link)
 
-    def adopt_connections(self, ifindexes: Iterable[int]) -> None:
-        """Give entries to the TCP connections that known pods have open."""
-        paths = [self.namespaces[index] for index in ifindexes if index in self.namespaces]
-        if not paths:
-            return
-        link = Link.iterator(self.program("adopt"))
+    def run_in_pods(self, program: str, ifindexes: Iterable[int]) -> None:
+        """Run an iterator program in the namespaces of known pods."""
+        link = Link.iterator(self.program(program))
         try:
-            for path in paths:
-                _run_in(path, link)
+            for index in ifindexes:
+                if index in self.namespaces:
+                    _run_in(self.namespaces[index], link)
         finally:
             link.close()
 
