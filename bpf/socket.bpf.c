@@ -146,6 +146,7 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool ipv4)
 	case VERDICT_REJECT:
 		if (ctx->protocol == IPPROTO_UDP)
 			return 1; /* nothing is sent yet; what will be is refused by tcx */
+		count(REASON_REJECTED);
 		bpf_set_retval(-ERROR_REFUSED);
 		return 0;
 	default:

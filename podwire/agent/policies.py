@@ -54,7 +54,7 @@ class PolicyRoom:
         self._refusals = refusals
         if refusals is not None and isinstance(path, EbpfPolicyPart):
             refusals.name = lambda address: policy_api.name_of(self.table, address)
-            refusals.listeners.append(lambda seen: self._refused(path, seen))
+            refusals.explain = lambda seen: self._refused(path, seen)
 
     @property
     def table(self) -> PolicyTable:
@@ -129,8 +129,10 @@ class PolicyRoom:
         for packet in listener.drain():
             self._tell(policy_api.logged(self.table, packet, time.time()))
 
-    def _refused(self, path: EbpfPolicyPart, seen: Event) -> None:
-        self._tell(policy_api.refused(self.table, seen, path.ruling(seen.ruling)))
+    def _refused(self, path: EbpfPolicyPart, seen: Event) -> str:
+        drop = policy_api.refused(self.table, seen, path.ruling(seen.ruling))
+        self._tell(drop)
+        return drop["reason"]
 
     def _tell(self, drop: dict[str, Any]) -> None:
         event(log, logging.INFO, "policy", verdict=drop["verdict"],

@@ -30,14 +30,16 @@ _PERIOD_S = 10.0
 
 
 class Refusals:
-    """Reads one node's events. `listeners` get those of policies; `name` names addresses."""
+    """Reads one node's events. `name` names addresses; `explain` is told of those of policies, and
+    says why in words.
+    """
 
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
         self._feed = Feed()
         self._lost = 0
         self.name: Callable[[Address], str] = lambda address: ""
-        self.listeners: list[Callable[[Event], None]] = []
+        self.explain: Callable[[Event], str] = lambda seen: WORDS[seen.reason]
 
     def serve(self, control: ControlServer, *_: object) -> None:
         """Answer `podwire bpf drops`."""
@@ -61,17 +63,15 @@ class Refusals:
 
     def _heard(self, reader: EventReader) -> None:
         for seen in reader.read():
-            self._feed.publish(self._document(seen))
-            if seen.reason in POLICY:
-                for listener in self.listeners:
-                    listener(seen)
+            text = self.explain(seen) if seen.reason in POLICY else WORDS[seen.reason]
+            self._feed.publish(self._document(seen, text))
 
-    def _document(self, seen: Event) -> dict[str, Any]:
+    def _document(self, seen: Event, text: str) -> dict[str, Any]:
         flow = seen.flow
         return {
             "time": seen.time_s,
             "reason": seen.reason.name.lower(),
-            "text": WORDS[seen.reason],
+            "text": text,
             "interface": _interface(seen.ifindex),
             "source": format_address(flow.source),
             "source_port": flow.source_port,

@@ -94,8 +94,8 @@ def _print_one(ports: list[dict[str, Any]]) -> None:
             print(f"  {frontend['kind']:<12} {frontend['frontend']}/{frontend['protocol']}"
                   f"  policy {frontend['policy']}, {frontend['backends']} backends")  # fmt: skip
             if "element" in frontend:
-                seen = f"{frontend['connections']} connections"
-                print(f"  {'':<12} decided by {frontend['element']}, {seen}")
+                seen = f"{frontend['connections']:,} connections"
+                print(f"  {'':<12} {seen}, decided by {frontend['element']}")
         for name in ("cluster", "local"):
             if port.get(name):
                 print(f"  {name + ' backends':<16} {' '.join(port[name])}")

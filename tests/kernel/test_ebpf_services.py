@@ -274,7 +274,7 @@ def test_every_frontend_counts_its_connections_also_over_a_restart(world):
     assert connections(world.part, port) == [5, 1, 1]
     assert connections(world.part, empty) == [1, 0, 0]
     element, _ = world.part.counts(port)[port.frontends[0]]
-    assert element.startswith("map frontends, service ")
+    assert element.startswith("map frontends (service ")
     assert "cluster backends in slots " in element
     assert "no cluster backends" in world.part.counts(empty)[empty.frontends[0]][0]
 

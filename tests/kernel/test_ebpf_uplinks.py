@@ -38,7 +38,8 @@ def nothing_accelerated(world):
 
 def shown(world):
     """What `podwire bpf status` says."""
-    links = inspect.link_states(world.name)
+    (place,) = [place for place in inspect.places() if place.node == world.name]
+    links = inspect.link_states(place)
     return {(link.target, link.hook) for link in links if link.program == "from_driver"}
 
 

@@ -71,12 +71,13 @@ def podwire(lab: Lab, *command: str) -> tuple[int, Any]:
     return exit.value.code, json.loads(text) if text.startswith(("[", "{")) else text
 
 
-def refusals(lab: Lab) -> list[dict[str, Any]]:
-    """What `podwire bpf drops` says of node1."""
+def bpf(lab: Lab, action: str) -> list[dict[str, Any]]:
+    """What `podwire bpf ACTION` says of node1: one document, or one per line."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
-        main.main(["bpf", "drops", "--lab", lab.name, "--node", "node1", "--json"])
-    return [json.loads(line) for line in out.getvalue().splitlines()]
+        main.main(["bpf", action, "--lab", lab.name, "--node", "node1", "--json"])
+    text = out.getvalue()
+    return [json.loads(text)] if action == "status" else list(map(json.loads, text.splitlines()))
 
 
 def reaches(lab: Lab, source: str) -> bool:
@@ -115,7 +116,11 @@ def test_a_policy_from_the_api_to_the_kernel_and_back(
     counted = {(row["verdict"], *row["policies"]) for row in podwire(lab, "counts")[1]}
     assert {("allow", "NetworkPolicy x/friends"), ("deny", "NetworkPolicy x/friends")} <= counted
     if datapath == "ebpf":
-        (drop,) = refusals(lab)
+        links = bpf(lab, "status")[0]["links"]
+        pods = {link["pod"] for link in links if link["program"] == "from_pod"}
+        assert pods >= {"x/server", "x/friend"}
+        assert "tcx ingress" in {link["hook"] for link in links}
+        (drop,) = bpf(lab, "drops")
         assert [drop["reason"], drop["source_name"], drop["destination_name"], drop["port"]] == [
             "policy", "x/stranger", "x/server", 80,
         ]  # fmt: skip

@@ -44,6 +44,6 @@ class Balancing:
             how += ", other nodes' backends answer the client directly"
         return how
 
-    def words(self) -> dict[str, object]:
+    def words(self) -> str:
         """For the status."""
-        return {"algorithm": self.algorithm, "table_size": self.table_size, "mode": self.mode}
+        return f"{self.algorithm} {self.mode}"

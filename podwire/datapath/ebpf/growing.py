@@ -75,9 +75,10 @@ class GrowingMap:
         self.delete(extra)
         return len(changed) + len(extra)
 
-    def fill(self) -> tuple[int, int]:
-        """Entries held and entries that fit before it grows."""
-        return self._count, self.capacity
+    @property
+    def held(self) -> int:
+        """Entries of those kinds that have a number of entries; 0 for arrays."""
+        return self._count
 
     def settle(self) -> None:
         """Wait until no program reads what was there before (a grace period).

@@ -41,19 +41,16 @@ class Hits:
 
 def element(port: ServicePort, frontend: Frontend, lease: Lease) -> str:
     """What decides about a frontend, in words."""
-    head = f"map frontends, service {lease.service}"
     external = frontend.kind != FrontendKind.CLUSTER_IP
-    lists: list[str] = []
-    if port.is_local(frontend.kind):
-        lists.append(_slots("local", lease.local))
-    if external or not lists:
-        lists.append(_slots("cluster", lease.cluster))
-    how = [", ".join(lists)]
+    local = port.is_local(frontend.kind)
+    how = [_slots("local", lease.local)] if local else []
+    if external or not local:
+        how.append(_slots("cluster", lease.cluster))
     if external and lease.maglev.size:
-        how.append(f"from outside by {lease.maglev.size} entries of map tables")
+        how.append(f"from outside by {lease.maglev.size:,} entries of map tables")
     if port.affinity_timeout_s:
-        how.append(f"map affinities for {port.affinity_timeout_s} s")
-    return f"{head}: {'; '.join(how)}"
+        how.append("map affinities first")
+    return f"map frontends (service {lease.service}): {', '.join(how)}"
 
 
 def _slots(name: str, run: Run) -> str:

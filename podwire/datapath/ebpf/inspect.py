@@ -5,35 +5,65 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from podwire.datapath.ebpf.layout import NUMBER
 from podwire.datapath.ebpf.programs import outcomes
-from podwire.kernel.bpf import AttachType, Map, MapType, Program, pins
+from podwire.kernel import link as links
+from podwire.kernel import netns
+from podwire.kernel.bpf import AttachType, Map, MapType, Program, features, pins
 from podwire.kernel.bpf.programs import statistics
+from podwire.kernel.netlink import NetlinkSocket
 
-_KEYLESS = (MapType.RINGBUF, MapType.SK_STORAGE)
-_WHOLE = (MapType.ARRAY, MapType.PERCPU_ARRAY)
+_KEYLESS = (MapType.RINGBUF, MapType.SK_STORAGE, MapType.ARRAY, MapType.PERCPU_ARRAY)
+_FULL = {
+    MapType.HASH: "refuses",
+    MapType.PERCPU_HASH: "refuses",
+    MapType.LPM_TRIE: "refuses",
+    MapType.LRU_HASH: "oldest go",
+    MapType.RINGBUF: "newest are lost",
+}
+
+
+class Place(NamedTuple):
+    """A node's pins, and the network namespace in which its interfaces have their names."""
+
+    node: str
+    folder: Path
+    netns: Path | None = None
+    """None: the caller's."""
 
 
 class LinkState(NamedTuple):
-    """One attachment; `target` is an interface index, or a cgroup's id."""
+    """One attachment; `target` is an interface index, or a cgroup's id.
+
+    `interface` is its name, or the cgroup's path; `pod` who is behind it, ``namespace/name``.
+    """
 
     node: str
     program: str
     hook: str
     target: int
+    interface: str
+    pod: str
     program_id: int
 
 
 class MapState(NamedTuple):
-    """One map; `held` is None for kinds that have no entries to count."""
+    """One map; `held` is None for kinds that have no entries to count.
+
+    `when_full`: ``grows``, ``refuses``, ``oldest go``, ``newest are lost``; "": it cannot be.
+    `memory` in bytes.
+    """
 
     node: str
     name: str
     kind: str
     held: int | None
     capacity: int
+    when_full: str
+    memory: int
 
 
 class ProgramState(NamedTuple):
@@ -48,53 +78,76 @@ class ProgramState(NamedTuple):
     verified_instructions: int
 
 
-def nodes() -> list[str]:
-    """Names of the folders of pins."""
+def places() -> list[Place]:
+    """The nodes with pins in this mount namespace: usually the one that this machine is."""
     root = pins.ROOT / "podwire"
-    return sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    found = sorted(root.iterdir()) if root.is_dir() else []
+    return [Place(path.name, path) for path in found]
 
 
-def link_states(node: str) -> Iterator[LinkState]:
+def link_states(place: Place) -> Iterator[LinkState]:
     """What is attached where."""
-    folder = pins.ROOT / "podwire" / node / "links"
+    folder = place.folder / "links"
+    known = _interfaces(place)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         link = pins.open_link(path)
-        if link is not None:
-            info = link.info
-            link.close()
-            hook = AttachType(info.attach_type).name.lower().replace("_", " ")
-            if path.name.endswith("-generic"):
-                hook += " generic"
-            program = path.name.split("-")[0]
-            yield LinkState(node, program, hook, info.target, info.program_id)
+        if link is None:
+            continue
+        info = link.info
+        link.close()
+        if not info.target:
+            continue  # the interface is gone
+        hook = AttachType(info.attach_type).name.lower().replace("_", " ")
+        if path.name.endswith("-generic"):
+            hook += " generic"
+        program = path.name.split("-")[0]
+        if path.name.endswith("-cgroup"):
+            hook, name, pod = f"cgroup {hook}", cgroup_path(info.target), ""
+        else:
+            found = known.get(info.target)
+            name, pod = (found.name, found.alias) if found else (str(info.target), "")
+        yield LinkState(place.node, program, hook, info.target, name, pod, info.program_id)
 
 
-def map_states(node: str) -> Iterator[MapState]:
+def layout(place: Place) -> int:
+    """The version of the maps' layout; 0: no maps."""
+    found = pins.open_map(place.folder / "layout")
+    if found is None:
+        return 0
+    version = NUMBER.unpack(found.lookup(NUMBER.pack(0)) or bytes(4))[0]
+    found.close()
+    return version
+
+
+def map_states(place: Place) -> Iterator[MapState]:
     """How full the maps are; of maps that grow, the one in force."""
-    folder = pins.ROOT / "podwire" / node / "maps"
+    folder = place.folder / "maps"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         outer = pins.open_map(path)
         if outer is None:
             continue
-        inner = outer.inner(NUMBER.pack(0)) if outer.info.type == MapType.ARRAY_OF_MAPS else outer
+        grows = outer.info.type == MapType.ARRAY_OF_MAPS
+        inner = outer.inner(NUMBER.pack(0)) if grows else outer
         if inner is not None:
-            yield MapState(
-                node,
-                path.name,
-                MapType(inner.info.type).name.lower(),
-                _held(inner),
-                inner.info.max_entries,
-            )
+            yield _map_state(place.node, path.name, inner, grows)
             inner.close()
         outer.close()
 
 
-def program_states(node: str, watch_s: float) -> list[ProgramState]:
+def _map_state(node: str, name: str, map: Map, grows: bool) -> MapState:
+    kind = MapType(map.info.type)
+    held = None if kind in _KEYLESS else sum(1 for _ in map.items())
+    full = "grows" if grows else _FULL.get(kind, "")
+    room = map.info.max_entries
+    return MapState(node, name, kind.name.lower(), held, room, full, map.memory)
+
+
+def program_states(place: Place, watch_s: float) -> list[ProgramState]:
     """The programs of a node, watched for `watch_s` seconds."""
-    links: dict[int, int] = {}
-    for link in link_states(node):
-        links[link.program_id] = links.get(link.program_id, 0) + 1
-    programs = {id: Program.by_id(id) for id in links}
+    attached: dict[int, int] = {}
+    for link in link_states(place):
+        attached[link.program_id] = attached.get(link.program_id, 0) + 1
+    programs = {id: Program.by_id(id) for id in attached}
     counting = statistics()
     try:
         before = {id: program.info for id, program in programs.items()}
@@ -110,14 +163,16 @@ def program_states(node: str, watch_s: float) -> list[ProgramState]:
         spent = info.run_time_ns - before[id].run_time_ns
         each = spent / runs if runs else 0.0
         out.append(
-            ProgramState(node, info.name, id, links[id], runs, each, info.verified_instructions)
+            ProgramState(
+                place.node, info.name, id, attached[id], runs, each, info.verified_instructions
+            )
         )
     return sorted(out, key=lambda state: state.name)
 
 
-def node_outcomes(node: str) -> dict[str, int]:
+def node_outcomes(place: Place) -> dict[str, int]:
     """Packets by what became of them."""
-    counters = pins.open_map(pins.ROOT / "podwire" / node / "maps" / "counters")
+    counters = pins.open_map(place.folder / "maps" / "counters")
     if counters is None:
         return {}
     try:
@@ -126,9 +181,25 @@ def node_outcomes(node: str) -> dict[str, int]:
         counters.close()
 
 
-def _held(map: Map) -> int | None:
-    if map.info.type in _KEYLESS:
-        return None
-    if map.info.type in _WHOLE:
-        return map.info.max_entries
-    return sum(1 for _ in map.items())
+def cgroup_path(id: int) -> str:
+    """The directory of a cgroup, by its id (the number of its inode); the id where it is gone."""
+    root = features.has_cgroup2()
+    if root is not None:
+        if root.stat().st_ino == id:
+            return "/"
+        for folder, names, _ in os.walk(root):
+            for name in names:
+                path = Path(folder, name)
+                if path.stat().st_ino == id:
+                    return f"/{path.relative_to(root)}"
+    return str(id)
+
+
+def _interfaces(place: Place) -> dict[int, links.Link]:
+    fd = netns.open_path(str(place.netns)) if place.netns else None
+    try:
+        with NetlinkSocket(netns_fd=fd) as netlink:
+            return {found.index: found for found in links.dump(netlink)}
+    finally:
+        if fd is not None:
+            os.close(fd)

@@ -61,7 +61,7 @@ class NodesPart:
 
     def status(self) -> dict[str, object]:
         """How many networks are known."""
-        return {"networks": self._programs.growing["networks"].fill()}
+        return {"networks": self._programs.growing["networks"].held}
 
 
 def _entries(programs: Programs, table: RouteTable) -> dict[bytes, bytes]:

@@ -53,7 +53,7 @@ class OverlayPart:
 
     def status(self) -> dict[str, object]:
         """How many tunnels are known."""
-        return {"tunnels": self._programs.growing["tunnels"].fill()}
+        return {"tunnels": self._programs.growing["tunnels"].held}
 
 
 def _entries(table: RouteTable) -> dict[bytes, bytes]:

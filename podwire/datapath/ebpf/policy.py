@@ -161,7 +161,7 @@ class PolicyPart:
     def status(self) -> dict[str, object]:
         """Fill levels of the maps."""
         kinds = ("identities", "rules", "subjects", "tags")
-        return {kind: self._programs.growing[kind].fill() for kind in kinds}
+        return {kind: self._programs.growing[kind].held for kind in kinds}
 
     def counts(self) -> list[PolicyCount]:
         """How often each ruling was made since its policies came, also by earlier processes."""

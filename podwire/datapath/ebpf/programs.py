@@ -63,6 +63,7 @@ from podwire.nodes import OVERLAY_DEVICES
 
 OBJECTS = Path(__file__).resolve().parents[2] / "built" / "bpf"
 _LOOPBACK = 1
+_REASONS = {reason.value: reason.name.lower() for reason in Reason}
 _HAVE_PORTS = ("bridge", "bond", "team")
 _SO_NETNS_COOKIE = 71
 
@@ -251,7 +252,7 @@ class Programs:
             except KernelError as error:
                 if error.errno != errno.ENODEV:
                     raise
-        checked = found if self.growing["tunnels"].fill()[0] else 0
+        checked = found if self.growing["tunnels"].held else 0
         if checked != self._overlay:
             self._overlay = checked
             held = self.maps["settings"].lookup(NUMBER.pack(0)) or bytes(SETTINGS.size)
@@ -530,11 +531,13 @@ def _run_in(path: str, link: Link) -> None:
 
 
 def outcomes(counters: Map) -> dict[str, int]:
-    """The counters by their names, over all CPUs."""
+    """The counters by their names, over all CPUs; those of another layout by their numbers."""
     out: dict[str, int] = {}
     for key, values in counters.items():
         per_cpu = struct.iter_unpack("=Q", values)
-        out[Reason(NUMBER.unpack(key)[0]).name.lower()] = sum(n for (n,) in per_cpu)
+        number = NUMBER.unpack(key)[0]
+        name = _REASONS.get(number, f"reason_{number}")
+        out[name] = sum(n for (n,) in per_cpu)
     return out
 
 

@@ -43,6 +43,8 @@ from podwire.services import (
 
 _Changes = Mapping[ServicePortName, tuple[ServicePort | None, ServicePort | None]]
 
+_DROPS = ("no_local_endpoint", "unallocated", "source_range", "replaced")
+
 
 class _Held(NamedTuple):
     port: ServicePort
@@ -168,13 +170,16 @@ class ServicesPart:
         self._table = None
 
     def status(self) -> dict[str, object]:
-        """Ports held, fill levels, and packets by outcome."""
+        """What is held, and packets refused and dropped for want of a Service or a backend."""
+        growing, outcomes = self._programs.growing, self._programs.outcomes()
         return {
             "service_ports": len(self._leases),
+            **{kind: growing[kind].held for kind in ("frontends", "members", "ranges")},
             "backend_slots": self._slots.top,
+            "table_slots": self._tables.top,
             "balancing": self.balancing.words(),
-            "maps": {name: growing.fill() for name, growing in self._programs.growing.items()},
-            "outcomes": self._programs.outcomes(),
+            "packets_rejected": outcomes.get("rejected", 0),
+            "packets_dropped": sum(outcomes.get(name, 0) for name in _DROPS),
         }
 
     def counts(self, port: ServicePort) -> dict[Frontend, tuple[str, int]]:

@@ -32,6 +32,20 @@ def missing() -> list[str]:
     return [name for name, probe in wanted if not probe()]
 
 
+def lacking() -> list[str]:
+    """What this kernel or machine lacks of the rest, each with what is not done without it."""
+    wanted = (
+        ("cgroup v2", "Services are balanced packet by packet, not at the socket", has_cgroup2),
+        (
+            "bpf_sock_destroy (6.5)",
+            "connected UDP sockets stay with a backend that left",
+            lambda: has_kfunc("bpf_sock_destroy"),
+        ),
+        ("XDP links (5.9)", "NodePorts are not served at the driver", has_xdp_link),
+    )
+    return [f"{name}: {without}" for name, without, probe in wanted if not probe()]
+
+
 @cache
 def has_classifier() -> bool:
     return _loads(_SCHED_CLS)

@@ -75,6 +75,13 @@ class Map:
         self._value_size = stride * _possible_cpus() if per_cpu else self.info.value_size
 
     @property
+    def memory(self) -> int:
+        """Bytes that the kernel has set aside, by its own account."""
+        with open(f"/proc/self/fdinfo/{self.fd}") as file:
+            facts = dict(line.split(":", 1) for line in file)
+        return int(facts.get("memlock", "0"))
+
+    @property
     def zero(self) -> bytes:
         """A value of zeros, for all CPUs of a per-CPU map."""
         return bytes(self._value_size)
