@@ -45,7 +45,9 @@ class PolicyRoom:
         self, options: Options, path: Part[PolicyTable], refusals: Refusals | None = None
     ) -> None:
         self.compiler = PolicyCompiler(
-            options.node_name, attach_own_pods="cni" not in options.parts
+            options.node_name,
+            attach_own_pods="cni" not in options.parts,
+            overlay=options.routing == "vxlan",
         )
         self._counted = path if isinstance(path, CountsPolicies) else None
         part = CuttingPart(path) if options.cut_established else path

@@ -43,14 +43,17 @@ class PolicyCompiler:
     """Feed it change sets and this node's attachments; each `update` returns the new table.
 
     With `attach_own_pods` it takes the node's pods from their objects instead: for nodes whose pods
-    are wired by somebody else. Such a pod is enforced from when its status names its address.
+    are wired by somebody else. Such a pod is enforced from when its status names its address. With
+    `overlay`, nodes are known by their addresses inside the tunnel too.
     """
 
-    def __init__(self, node_name: str, *, attach_own_pods: bool = False) -> None:
+    def __init__(
+        self, node_name: str, *, attach_own_pods: bool = False, overlay: bool = False
+    ) -> None:
         self._node_name = node_name
         self._attach_own_pods = attach_own_pods
         self._revision = 0
-        self._hosts = Hosts()
+        self._hosts = Hosts(overlay=overlay)
         self._policies: dict[PolicyRef, Policy] = {}
         self._subjects: dict[Home, tuple[Policy, ...]] = {}
         self._index = PeerIndex(self._peer_touched)

@@ -7,12 +7,14 @@ the host's network own nothing: their address is the node's.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from podwire.errors import InvalidObject
 from podwire.kube.objects import Node, Pod
-from podwire.net import Address, parse_addresses
+from podwire.net import Address, parse_addresses, parse_prefix
 from podwire.policy.model import WORLD, ContainerPort, Host, Key
 from podwire.policy.networkpolicy import PROTOCOLS
 from podwire.policy.selectors import NAMESPACE_NAME, Labels
@@ -94,10 +96,14 @@ class Owner(NamedTuple):
 class Hosts:
     """The objects behind addresses, as they are now. `dirty` collects addresses to look at again.
 
-    The mappings are replaced, never changed, once `share` handed them out.
+    The mappings are replaced, never changed, once `share` handed them out. With `overlay` a node is
+    also who has the network address of one of its pod CIDRs: that is its own inside the tunnel, and
+    a way around policies about nodes if it were nobody's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, overlay: bool = False) -> None:
+        self._overlay = overlay
+        self._inside: dict[str, set[Address]] = {}
         self.namespaces: dict[str, Labels] = {}
         self.pods: dict[Key, PodFacts] = {}
         self.nodes: dict[str, tuple[Labels, tuple[Address, ...]]] = {}
@@ -144,10 +150,14 @@ class Hosts:
         new = None
         if node is not None:
             new = (node.metadata.labels, parse_addresses(a.address for a in node.status.addresses))
-        if new == old:
+        inside = _inside(node) if node is not None and self._overlay else set[Address]()
+        known = self._inside.get(name, set())
+        if (new, inside) == (old, known):
             return False
-        before, after = set(old[1] if old else ()), set(new[1] if new else ())
+        self._inside[name] = inside
+        before, after = {*(old[1] if old else ()), *known}, {*(new[1] if new else ()), *inside}
         if new is None:
+            del self._inside[name]
             del self.nodes[name]
         else:
             self.nodes[name] = new
@@ -218,6 +228,15 @@ class Hosts:
             return Host("node", "", owner.key[1], self.nodes[owner.key[1]][0])
         facts = self.facts(owner.key)
         return pod_host(facts, self.namespaces) if facts else WORLD
+
+
+def _inside(node: Node) -> set[Address]:
+    """As `nodes` gives tunnel addresses; a CIDR that does not parse is told there."""
+    found: set[Address] = set()
+    for text in node.spec.pod_cidrs or filter(None, [node.spec.pod_cidr]):
+        with contextlib.suppress(InvalidObject):
+            found.add(parse_prefix(text).address)
+    return found
 
 
 def attached_facts(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from podwire.datapath.ebpf import layout
+from podwire.nodes import OVERLAY_ID, OVERLAY_PORTS
+from podwire.policy import tags
 
 BPF = Path(__file__).parents[2] / "bpf"
 CLANG = shutil.which(
@@ -119,3 +121,11 @@ def test_names_have_the_same_numbers(types, name):
     in_c = {one["name"].removeprefix(prefix): one["val"] for one in values}
     in_c.pop("MAX", None)
     assert {one.name: one.value for one in spelled} == in_c
+
+
+def test_what_travels_between_nodes_has_the_same_numbers():
+    text = (BPF / "overlay.h").read_text()
+    defined = dict(line.split()[1:3] for line in text.splitlines() if line.startswith("#define"))
+    assert (int(defined["TAG_FIRST"]), int(defined["TAG_NONE"])) == (tags.FIRST, OVERLAY_ID)
+    ports = {"vxlan": int(defined["VXLAN_PORT"]), "geneve": int(defined["GENEVE_PORT"])}
+    assert ports == OVERLAY_PORTS

@@ -20,12 +20,12 @@ from podwire.datapath.ebpf.programs import OBJECTS, Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
 from podwire.kernel.bpf import features
-from podwire.kube.objects import Namespace, NetworkPolicy, Node, Pod
+from podwire.kube.objects import ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, Pod
 from podwire.kube.store import Store
 from podwire.net import Protocol, parse_address
 from podwire.nodes import OVERLAY_DEVICES, OVERLAY_ID, OVERLAY_PORTS, RouteCompiler
 from podwire.nodes.compiler import tunnel_mac
-from podwire.policy import Attachment, PolicyCompiler
+from podwire.policy import Attachment, Packet, PolicyCompiler, Verdict
 from podwire.policy.tags import tag
 from podwire.wiring.routes import NodeRoutes
 from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, OUTSIDE, POD, REMOTE, World
@@ -45,6 +45,7 @@ THIRD = {4: "10.244.2.5", 6: "fd44:2::5"}  # of a third node's pods
 UNUSED = {4: "10.244.0.77", 6: "fd44::77"}  # of the node's own
 INSIDE = {4: "10.244.0.0", 6: "fd44::"}  # the node's own address in the tunnel
 STRANGER = {4: "192.168.9.66", 6: "fd09::66"}  # on the underlay, and no node
+OTHER_INSIDE = {4: "10.244.1.0", 6: "fd44:1::"}
 BITS = {4: 32, 6: 128}
 CLIENT, OTHER = {"app": "client"}, {"app": "other"}
 PORT = {"tcp": 80}
@@ -71,6 +72,13 @@ def make_pod(name, node, addresses, labels):
     )
 
 
+def make_policy(peers, **spec):
+    """Who may reach pod1."""
+    spec = {"podSelector": {"matchLabels": CLIENT}, "ingress": [{"from": peers}], **spec}
+    metadata = {"name": "some", "namespace": "x"}
+    return msgspec.convert({"metadata": metadata, "spec": spec}, NetworkPolicy)
+
+
 class Overlay(World):
     """All parts of the node, and the tunnel's other end. `underlay` is 4 or 6."""
 
@@ -88,7 +96,7 @@ class Overlay(World):
         self.parts = (self.services, self.policies, self.tunnels, self.nodes)
         self._pods()
         self.route_compiler = RouteCompiler("node", "vxlan")
-        self.policy_compiler = PolicyCompiler("node")
+        self.policy_compiler = PolicyCompiler("node", overlay=True)
         system = {"metadata": {"name": "kube-system", "uid": CLUSTER}}
         for each in (system, {"metadata": {"name": "x"}}):
             self.store.put(msgspec.convert(each, Namespace))
@@ -107,7 +115,11 @@ class Overlay(World):
             "external dstport 8472 nolearning udp6zerocsumrx",
             f"link set {OVERLAY_DEVICE} up",
             *(f"addr add {STRANGER[f]}/{BITS[f]} dev eth0" for f in (4, 6)),
-            *(f"addr add {a[f]}/{BITS[f]} dev lo" for a in (THIRD, UNUSED) for f in (4, 6)),
+            *(
+                f"addr add {a[f]}/{BITS[f]} dev lo"
+                for a in (THIRD, UNUSED, OTHER_INSIDE)
+                for f in (4, 6)
+            ),
             *(
                 f"neigh add {INSIDE[f]} lladdr {tunnel_mac('node').hex(':')} dev {OVERLAY_DEVICE}"
                 for f in (4, 6)
@@ -147,17 +159,20 @@ class Overlay(World):
         table = self.route_compiler.update(changes)
         for part in (self.routes, self.tunnels, self.nodes):
             netns.call(self.spaces["node"], lambda part=part: part.apply(table))
-        self.policies.apply(self.policy_compiler.update(changes))
+        self.table = self.policy_compiler.update(changes)
+        self.policies.apply(self.table)
 
     def allow(self, *peers):
-        """Only these label sets reach pod1; none given: no policy."""
-        for key in list(self.store.all(NetworkPolicy)):
-            self.store.remove(NetworkPolicy, key)
-        if peers:
-            rules = [{"from": [{"podSelector": {"matchLabels": labels}} for labels in peers]}]
-            spec = {"podSelector": {"matchLabels": CLIENT}, "ingress": rules}
-            metadata = {"name": "some", "namespace": "x"}
-            self.store.put(msgspec.convert({"metadata": metadata, "spec": spec}, NetworkPolicy))
+        """Only these label sets reach pod1."""
+        self.enforce(make_policy([{"podSelector": {"matchLabels": labels}} for labels in peers]))
+
+    def enforce(self, *policies):
+        """These policies and no others."""
+        for kind in (NetworkPolicy, ClusterNetworkPolicy):
+            for key in list(self.store.all(kind)):
+                self.store.remove(kind, key)
+        for each in policies:
+            self.store.put(each)
         self.apply()
 
     def reaches(self, family, *, source=None, kind=socket.SOCK_STREAM):
@@ -203,8 +218,16 @@ def world(request):
         made.apply()
         for family in (4, 6):
             for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-                for space, addresses in (("pod1", POD[1]), ("pod2", POD[2]), ("outside", REMOTE)):
+                for space, addresses in (
+                    ("pod1", POD[1]),
+                    ("pod2", POD[2]),
+                    ("outside", REMOTE),
+                    ("outside", OTHER_INSIDE),
+                ):
                     made.serve(space, addresses[family], 80, kind)
+        for space, addresses in (("pod1", POD[1]), ("outside", REMOTE)):
+            for family in (4, 6):
+                made.serve(space, addresses[family], 81)
         yield made
         made.programs.close()
         made.routes.close()
@@ -217,7 +240,7 @@ def plain(world):
     world.send_as(OVERLAY_ID)
     for key in [("x", "far"), ("x", "same")]:
         world.store.remove(Pod, key)
-    world.allow()
+    world.enforce()
 
 
 FAMILIES = pytest.mark.parametrize("family", [4, 6])
@@ -268,22 +291,74 @@ def test_an_ambiguous_tag_says_nothing(world):
     """Two identities of the same labels, one of them in an ipBlock: the address decides."""
     world.store.put(make_pod("same", "third", THIRD.values(), OTHER))
     world.store.put(make_pod("far", "other", REMOTE.values(), OTHER))
-    spec = {
-        "podSelector": {"matchLabels": CLIENT},
-        "ingress": [{"from": [{"ipBlock": {"cidr": "10.244.2.0/24"}}]}],
-    }
     world.send_as(tag_of(OTHER))
     world.allow(OTHER)
     assert world.reaches(4)
     held = world.programs.growing["tags"].read()
     assert struct.pack("=I", tag_of(OTHER)) in held
-    metadata = {"name": "some", "namespace": "x"}
-    world.store.put(msgspec.convert({"metadata": metadata, "spec": spec}, NetworkPolicy))
-    world.apply()
+    world.enforce(make_policy([{"ipBlock": {"cidr": "10.244.2.0/24"}}]))
     held = world.programs.growing["tags"].read()
     assert struct.pack("=I", tag_of(OTHER)) not in held
     assert struct.pack("=I", tag_of(CLIENT)) in held
     world.refuses(4)  # its address is not in the block
+
+
+@FAMILIES
+def test_a_policy_about_nodes_holds_for_their_addresses_inside(world, family):
+    """Else a pod would get around it by the address that a node has in the tunnel."""
+    spec = {
+        "tier": "Admin",
+        "priority": 1,
+        "subject": {"pods": {"namespaceSelector": {}, "podSelector": {"matchLabels": CLIENT}}},
+        "egress": [{"action": "Deny", "to": [{"nodes": {}}]}],
+    }
+    assert world.ask("pod1", OTHER_INSIDE[family], 80)
+    deny = {"metadata": {"name": "nodes"}, "spec": spec}
+    world.enforce(msgspec.convert(deny, ClusterNetworkPolicy))
+    with pytest.raises(TimeoutError):
+        world.ask("pod1", OTHER_INSIDE[family], 80, timeout=0.15)
+    assert world.ask("pod1", REMOTE[family], 80)
+
+
+SPECS = {
+    "nobody": {"ingress": []},
+    "by label": {"ingress": [{"from": [{"podSelector": {"matchLabels": OTHER}}]}]},
+    "by namespace, one port": {
+        "ingress": [{"from": [{"namespaceSelector": {}}], "ports": [{"port": 80}]}]
+    },
+    "by address, but not this one": {
+        "ingress": [
+            {"from": [{"ipBlock": {"cidr": "10.244.0.0/16", "except": [f"{REMOTE[4]}/32"]}}]},
+            {"from": [{"ipBlock": {"cidr": "fd44::/16", "except": [f"{REMOTE[6]}/128"]}}]},
+        ]
+    },
+    "to one port": {
+        "egress": [{"to": [{"podSelector": {"matchLabels": OTHER}}], "ports": [{"port": 81}]}],
+        "policyTypes": ["Egress"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_what_connects_is_what_the_evaluator_says(world, name):
+    world.store.put(make_pod("far", "other", REMOTE.values(), OTHER))
+    world.enforce(make_policy([], **SPECS[name]))
+    world.send_as(tag_of(OTHER))
+    table = world.table
+    for family in (4, 6):
+        here, far = POD[1][family], REMOTE[family]
+        for space, source, target in (("pod1", here, far), ("outside", far, here)):
+            for port in (80, 81):
+                ends = parse_address(source), parse_address(target)
+                judged = table.judge(Packet(*ends, Protocol.TCP, port))
+                end = judged.egress if space == "pod1" else judged.ingress
+                allowed = end.verdict is not Verdict.DENY
+                try:
+                    wait = 3 if allowed else 0.1
+                    seen = world.ask(space, target, port, source=(source, 0), timeout=wait)
+                except TimeoutError:
+                    seen = None
+                assert seen == ((target, source) if allowed else None), (source, target, port)
 
 
 @FAMILIES
