@@ -62,15 +62,17 @@ static __always_inline __u32 dsr_size(const struct packet *p)
 	return p->ipv4 ? sizeof(struct dsr4) : sizeof(struct dsr6);
 }
 
-/* Whether the chosen backend may answer the client itself: it is on another node of this cluster, and the
- * client is neither a node nor a pod of it. */
-static __always_inline bool may_lead(const struct address *client, const struct choice *choice)
+/* Whether the chosen backend may answer the client itself: it is on another node of this cluster, the
+ * client is neither a node nor a pod of it, and the other node will believe us (see `is_believed`). */
+static __always_inline bool may_lead(const struct flow *flow, const struct choice *choice)
 {
 	const __u32 ours = NETWORK_NODE | NETWORK_PODS | NETWORK_OWN_PODS;
 
-	return with_dsr && choice->dsr &&
-	       network_flags(&choice->backend.address) & (NETWORK_NODE | NETWORK_PODS) &&
-	       !(network_flags(client) & ours);
+	if (!with_dsr || !choice->dsr || network_flags(&flow->source) & ours ||
+	    !(network_flags(&choice->backend.address) & (NETWORK_NODE | NETWORK_PODS)))
+		return false;
+	return !(address_flags(&flow->destination) & ADDRESS_NODE) ||
+	       network_flags(&flow->destination) & NETWORK_NODE;
 }
 
 /* Packets that carry the option if it fits: for TCP, the backend's node remembers. */

@@ -295,7 +295,7 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 		return drop(ctx, REASON_SPOOFED, &p->flow);
 	if (with_policy && !is_permitted(ctx, w, place, &tracked))
 		return TCX_DROP;
-	if (place == PLACE_NETWORK && may_lead(&p->flow.source, &w->choice)) {
+	if (place == PLACE_NETWORK && may_lead(&p->flow, &w->choice)) {
 		int led = begin_led(ctx, w);
 
 		if (led != MASQUERADE)

@@ -96,7 +96,7 @@ __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 	w->to = p->flow;
 	w->to.destination = w->choice.backend.address;
 	w->to.destination_port = w->choice.backend.port;
-	w->tell = may_lead(&p->flow.source, &w->choice);
+	w->tell = may_lead(&p->flow, &w->choice);
 	if (!leaves_here(ctx, w, &route))
 		return XDP_PASS;
 	if (w->tell) {

@@ -54,6 +54,14 @@ def test_each_way_takes_the_place_of_the_other(world):
     assert shown(world) == set()
 
 
+def test_a_new_process_without_it_takes_it_away(world):
+    Uplinks(world.programs, "native").follow(ADDRESSES)
+    with closing(Programs(world.name, world.spaces["node"])) as second:
+        second.enable("services")
+        Uplinks(second, "disabled").follow(ADDRESSES)
+        assert shown(world) == set()
+
+
 def test_it_follows_the_addresses(world):
     node = world.spaces["node"]
     world.batch(node, "link add other0 type veth peer name other1", "link set other0 up")
