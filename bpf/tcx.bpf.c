@@ -301,8 +301,9 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 		if (led != MASQUERADE)
 			return led;
 	}
-	/* the answers to who comes from outside must not be taken for traffic that leaves */
-	if (place == PLACE_NETWORK && leaves_cluster(&w->to.destination, &w->to.source))
+	/* the answers to who comes from outside, or from an address that the node has just got, must not be
+	 * taken for traffic that leaves */
+	if (place != PLACE_POD && leaves_cluster(&w->to.destination, &w->to.source))
 		tracked = true;
 	if (place == PLACE_POD && leaves_cluster(&w->to.source, &w->to.destination))
 		w->choice.masquerade = true;

@@ -450,3 +450,11 @@ def test_a_datagram_flow_that_was_there_before_the_service_ends(node):
         make_table([make_port("dns", 80, [POD[2][4]], family=4, protocol=Protocol.UDP)])
     )
     assert packets.parse(node.run(packet)[1]).destination == POD[2][4]
+
+
+def test_answers_to_an_address_that_the_node_has_just_got_are_not_masqueraded(node):
+    late = "192.168.77.7"
+    node.programs.growing["subjects"].replace({})  # or policies would keep the connection anyway
+    assert node.run(packets.first(late, POD[1][4], Protocol.UDP, (7000, 80), 1), "")[0] != DROP
+    answer = packets.first(POD[1][4], late, Protocol.UDP, (80, 7000), 2)
+    assert packets.parse(node.run(answer)[1]).source == POD[1][4]
