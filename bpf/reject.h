@@ -9,6 +9,8 @@
 
 #include <linux/tcp.h>
 
+#include <bpf/bpf_core_read.h>
+
 #include "forward.h"
 
 #define ICMP_HEAD 8
@@ -29,6 +31,23 @@ struct refusal {
 		} icmp;
 	};
 };
+
+struct sk_buff {
+	__u8 ip_summed : 2;
+} __attribute__((preserve_access_index));
+
+extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym;
+
+#define CHECKSUM_PARTIAL 3
+
+/* Whether the transport checksum is still to be made, by the card or whoever comes last: from the sum
+ * that stands in its place, and from what the packet is by then. Local senders leave it so. */
+static __always_inline bool is_partial(struct __sk_buff *ctx)
+{
+	struct sk_buff *skb = bpf_cast_to_kern_ctx(ctx);
+
+	return BPF_CORE_READ_BITFIELD(skb, ip_summed) == CHECKSUM_PARTIAL;
+}
 
 /* The IP header, and the sum that its addresses add to a transport checksum. */
 static __always_inline __u32 refusal_head(struct refusal *r, const struct packet *p, __u8 protocol,
@@ -73,8 +92,22 @@ static __always_inline int make_reset(struct __sk_buff *ctx, const struct packet
 		r->tcp.ack = 1;
 		r->tcp.ack_seq = bpf_htonl(bpf_ntohl(old.seq) + old.syn);
 	}
-	r->tcp.check = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&r->tcp, sizeof(r->tcp), addresses));
+	if (is_partial(ctx))
+		r->tcp.check = fold(addresses);
+	else
+		r->tcp.check = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&r->tcp, sizeof(r->tcp), addresses));
 	return store_bytes(ctx, p->transport, &r->tcp, sizeof(r->tcp));
+}
+
+/* The quoted datagram's checksum as it will be once somebody makes it. */
+static __always_inline void complete_quote(struct refusal *r, bool ipv4)
+{
+	__u32 head = ipv4 ? sizeof(r->ipv4) : sizeof(r->ipv6);
+	__u8 *datagram = r->icmp.quote + (ipv4 ? sizeof(r->ipv4) : sizeof(r->ipv6));
+	__u16 sum;
+
+	sum = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)datagram, QUOTE_MAX - head, 0));
+	*(__u16 *)(datagram + 6) = sum ? sum : 0xffff;
 }
 
 /* Put the ICMP error in front of the start of the packet. */
@@ -93,6 +126,8 @@ static __always_inline int make_icmp(struct __sk_buff *ctx, const struct packet 
 		return -1;
 	sum = refusal_head(r, p, p->ipv4 ? IPPROTO_ICMP : IPPROTO_ICMPV6, ICMP_HEAD + quote);
 	r->icmp.type = p->ipv4 ? ICMP_UNREACHABLE : ICMPV6_UNREACHABLE;
+	if (p->flow.protocol == IPPROTO_UDP && is_partial(ctx))
+		complete_quote(r, p->ipv4);
 	r->icmp.code = p->ipv4 ? ICMP_PORT_UNREACHABLE_CODE : ICMPV6_PORT_UNREACHABLE_CODE;
 	r->icmp.checksum = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&r->icmp, ICMP_HEAD + QUOTE_MAX,
 					       p->ipv4 ? 0 : sum));

@@ -1,5 +1,7 @@
 """Packets that somebody made up, and rare ones: a whole node, by test runs and for real."""
 
+import array
+import fcntl
 import os
 import socket
 import struct
@@ -24,7 +26,7 @@ from tests.conformance import service_packets as packets
 from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, OUTSIDE, POD, REMOTE, UPLINK_MAC, World
 from tests.kernel.test_ebpf_policy import pod
 from tests.kernel.test_ebpf_programs import assert_sound
-from tests.kernel.test_ebpf_services import EXTERNAL, VIP, make_port, make_table
+from tests.kernel.test_ebpf_services import EXTERNAL, KINDS, VIP, make_port, make_table
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
@@ -262,6 +264,30 @@ def test_nobody_answers_a_reset_or_a_later_fragment(node):
     service(node, 4, Protocol.TCP, [])
     reset = packets.tcp(CLIENT[4], VIP[4], (5000, 80), packets.RST, 1, 0, packets.marker(1))
     assert node.run(reset, "up0")[0] == DROP
+
+
+@pytest.fixture
+def plain_link(node):
+    """An uplink that makes no checksums: what a local sender left open is closed before it."""
+    make_sums(node, False)
+    yield
+    make_sums(node, True)
+
+
+def make_sums(node, on):
+    with netns.socket(node.world.spaces["node"], socket.AF_INET, socket.SOCK_DGRAM) as control:
+        value = array.array("B", struct.pack("=II", 0x17, on))  # ETHTOOL_STXCSUM
+        request = struct.pack("16sP", b"up0", value.buffer_info()[0])
+        fcntl.ioctl(control, 0x8946, request)  # SIOCETHTOOL
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("protocol", list(KINDS))
+def test_a_refusal_is_sound_whoever_makes_its_checksum(node, plain_link, family, protocol):
+    service(node, family, protocol, [])
+    for target, port in ((VIP[family], 80), (VIP[family], 99), (NODE[family], 30080)):
+        with pytest.raises(ConnectionRefusedError):
+            node.world.ask("outside", target, port, KINDS[protocol])
 
 
 # --- masquerade ----------------------------------------------------------------------------------
