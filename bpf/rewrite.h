@@ -5,6 +5,18 @@
 #include "crc32c.h"
 #include "packet.h"
 
+/* Bring the first bytes of a packet to where plain stores reach them. Not 0: they cannot be. */
+static __always_inline long pull(CONTEXT *ctx, __u32 size)
+{
+	if ((void *)(long)ctx->data + size <= (void *)(long)ctx->data_end)
+		return 0;
+#ifdef PODWIRE_XDP
+	return -1;
+#else
+	return bpf_skb_pull_data(ctx, size);
+#endif
+}
+
 static __always_inline __u16 fold(__u32 sum)
 {
 	sum = (sum & 0xffff) + (sum >> 16);
@@ -149,13 +161,15 @@ static __always_inline int rewrite(CONTEXT *ctx, struct packet *p, const struct 
 /* One hop less. TTL is the high byte of its word, so the checksum grows by 0x0100 (RFC 1624). */
 static __always_inline int decrement_ttl(CONTEXT *ctx, const struct packet *p)
 {
-	void *data = (void *)(long)ctx->data + ETH_HLEN;
-	struct iphdr *ip = data;
-	struct ipv6hdr *ipv6 = data;
+	__u32 end = ETH_HLEN + (p->ipv4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr));
+	struct ipv6hdr *ipv6;
+	struct iphdr *ip;
 	__u32 sum;
 
-	if (p->network != ETH_HLEN)
+	if (p->network != ETH_HLEN || pull(ctx, end))
 		return -1;
+	ip = (void *)(long)ctx->data + ETH_HLEN;
+	ipv6 = (void *)ip;
 	if (!p->ipv4) {
 		if ((void *)(ipv6 + 1) > (void *)(long)ctx->data_end)
 			return -1;

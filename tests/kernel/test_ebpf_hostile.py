@@ -484,3 +484,39 @@ def test_answers_to_an_address_that_the_node_has_just_got_are_not_masqueraded(no
     assert node.run(packets.first(late, POD[1][4], Protocol.UDP, (7000, 80), 1), "")[0] != DROP
     answer = packets.first(POD[1][4], late, Protocol.UDP, (80, 7000), 2)
     assert packets.parse(node.run(answer)[1]).source == POD[1][4]
+
+
+@pytest.fixture
+def jumbo(node):
+    spaces = node.world.spaces
+    links = (("node", "up0"), ("node", "pod1"), ("outside", "eth0"), ("pod1", "eth0"))
+    for size in (9000, 1500):
+        for space, name in links:
+            node.world.batch(spaces[space], f"link set {name} mtu {size}")
+        if size == 9000:
+            yield
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_headers_may_lie_in_another_page(node, jumbo, family):
+    """Some drivers hand over nothing but the Ethernet header in one piece."""
+    spaces = node.world.spaces
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    body = struct.pack(">HHHH", 5555, 80, 5008, 0) + bytes(5000)
+    packet = packets._ip(OUTSIDE[family], POD[1][family], Protocol.UDP, body)
+    macs = b"".join(bytes.fromhex(text.replace(":", "")) for text in UPLINK_MAC)
+    with (
+        netns.socket(spaces["pod1"], kind, socket.SOCK_DGRAM) as server,
+        netns.socket(spaces["outside"], socket.AF_PACKET, socket.SOCK_RAW) as raw,
+    ):
+        server.bind((POD[1][family], 80))
+        server.settimeout(3)
+        raw.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR: says how much is in one piece
+        raw.bind(("eth0", 0))
+        raw.send(
+            struct.pack("=BBHHHH", 0, 0, 14, 0, 0, 0)
+            + macs
+            + struct.pack(">H", 0x0800 if family == 4 else 0x86DD)
+            + packet
+        )
+        assert len(server.recv(9000)) == 5000
