@@ -25,7 +25,7 @@ WORDS = {
     Reason.POLICY: "denied by policy",
     Reason.POLICY_AUDIT: "would be denied by a policy in audit mode",
     Reason.CONNECTIONS_FULL: "connection table full",
-    Reason.PORTS_EXHAUSTED: "no port left to masquerade with",
+    Reason.PORTS_EXHAUSTED: "no port left to masquerade with, or with DSR the client's is taken",
     Reason.FRAGMENT_LOST: "fragment that came before its first, or too late",
     Reason.BROKEN: "malformed packet",
     Reason.WRITE_FAILED: "packet could not be rewritten (no memory)",
@@ -34,6 +34,7 @@ WORDS = {
     Reason.AFFINITY_FULL: "clients whose backend could not be remembered: the map is full",
     Reason.EVENTS_LOST: "refusals that were counted, but not told one by one",
     Reason.REPLACED: "list of backends that gave way to another at this moment",
+    Reason.LED_ASTRAY: "led here by DSR for no Service that has this backend here",
 }
 PASSED = frozenset((Reason.FORWARDED, Reason.TRANSLATED, Reason.POLICY_AUDIT, Reason.AFFINITY_FULL))
 """What does not end a packet."""
