@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import pytest
 from podwire.datapath.nftables.spoof import TABLE, SpoofGuard
 from podwire.kernel import link, netns, sysctl
 from podwire.kernel.link import End
-from podwire.kernel.netlink import NetlinkSocket
+from podwire.kernel.netlink import NetlinkSocket, attributes
 from podwire.net import parse_address
 from tests.conftest import present
 
@@ -78,6 +79,9 @@ SPOOFED = {
 }
 
 
+_BRPORT_STATE, _FORWARDING = 1, b"\3"
+
+
 @dataclass
 class Lan:
     """Frames go into the bridge port `pod` and are looked for at another port."""
@@ -112,6 +116,15 @@ def packet_socket(host: int, ifname: str) -> socket.socket:
     return made
 
 
+def wait_until_forwarding(sock: NetlinkSocket, ports: tuple[str, ...]) -> None:
+    """The kernel notices a veth's carrier in a worker of its own; until then the port is shut."""
+    until = time.monotonic() + 10
+    for port in ports:
+        while attributes(present(sock, port).port_data)[_BRPORT_STATE] != _FORWARDING:
+            assert time.monotonic() < until, f"{port} does not forward"
+            time.sleep(0.01)
+
+
 @pytest.fixture
 def lan(make_netns: Callable[[], int]) -> Iterator[Lan]:
     host = make_netns()
@@ -134,6 +147,7 @@ def lan(make_netns: Callable[[], int]) -> Iterator[Lan]:
                     )
                 ),
             )
+        wait_until_forwarding(sock, ("pod", "listen", "free"))
         with packet_socket(host, "pod-peer") as sender, packet_socket(host, "listen-peer") as got:
             yield Lan(host, sock, guard, sender, got)
     guard.close()

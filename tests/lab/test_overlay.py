@@ -14,11 +14,14 @@ from contextlib import ExitStack
 import pytest
 
 from podwire.cli import main
+from podwire.datapath.ebpf.programs import missing
 from podwire.kernel import netns
 from podwire.lab import manifests
 from podwire.lab.cluster import Lab
 from podwire.lab.connect import ask
 from tests.lab.conftest import wait_for
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason="no eBPF data path here")
 
 OBJECTS = """
 apiVersion: v1
