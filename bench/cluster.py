@@ -149,3 +149,13 @@ def resident_mib(pid: int) -> float:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
     raise LookupError(f"no VmRSS for {pid}")
+
+
+def maps_mib(pid: int) -> float:
+    """What the eBPF maps that a process holds take in the kernel, each counted once."""
+    taken: dict[str, int] = {}
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        facts = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        if "map_id" in facts and "memlock" in facts:
+            taken[facts["map_id"]] = int(facts["memlock"])
+    return sum(taken.values()) / (1 << 20)

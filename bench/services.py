@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from ipaddress import ip_address
 
-from bench.cluster import NODE, Cluster, resident_mib
+from bench.cluster import NODE, Cluster, maps_mib, resident_mib
 from bench.report import Report
 from podwire.kernel import netns
 from podwire.kube import kubeconfig
@@ -198,7 +198,7 @@ def measure(size: str, datapath: str, report: Report) -> list[float]:
         cold = time.perf_counter() - began
         world.wait_healthy()
         added, moved = asyncio.run(one_by_one(world, services))
-        memory = resident_mib(agent.pid)
+        memory = resident_mib(agent.pid) + maps_mib(agent.pid)
         world.stop(agent)
         began = time.perf_counter()
         agent = world.agent("--only=services", f"--datapath={datapath}")
@@ -217,7 +217,8 @@ def measure(size: str, datapath: str, report: Report) -> list[float]:
                at_most=ADDED_GOAL_MS.get(datapath) if size == "10000x2" else None)  # fmt: skip
     report.row(f"{label} one endpoint changed", moved, "ms")
     report.row(f"{label} agent restarted, nothing changed", [restart], "s")
-    report.row(f"{label} resident{note if published[2] else ''}", [memory], "MiB",
+    counted = ", maps counted" if datapath == "ebpf" else ""
+    report.row(f"{label} resident{counted}{note if published[2] else ''}", [memory], "MiB",
                peer=peer.get("memory") or _published(published[2]),
                at_most=130 if size == "10000x2" and datapath == "nftables" else None)  # fmt: skip
     return added

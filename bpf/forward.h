@@ -29,7 +29,7 @@ struct {
 enum interface_flag {
 	INTERFACE_POD = 1, /* sources behind it count as pods (detect-local by interface) */
 	INTERFACE_KNOWN = 2, /* a pod whose addresses are known; others may not be used behind it */
-	INTERFACE_PLAIN = 4, /* a pod that no policy concerns, nor will while its TCP is forgotten */
+	INTERFACE_PLAIN = 4, /* a pod that no policy concerns: its TCP needs no entries (tcx.bpf.c) */
 };
 
 struct interface {
