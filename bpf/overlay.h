@@ -70,10 +70,13 @@ static __always_inline struct tunnel *find_tunnel(const struct address *address)
  * it is masqueraded, and say of whoever it likes that he sent it. */
 static __always_inline bool is_for_tunnel(const struct flow *to)
 {
-	return to->protocol == IPPROTO_UDP &&
-	       (to->destination_port == bpf_htons(VXLAN_PORT) ||
-		to->destination_port == bpf_htons(GENEVE_PORT)) &&
-	       find_tunnel(&to->destination);
+	struct tunnel *tunnel;
+
+	if (to->protocol != IPPROTO_UDP || (to->destination_port != bpf_htons(VXLAN_PORT) &&
+					    to->destination_port != bpf_htons(GENEVE_PORT)))
+		return false;
+	tunnel = find_tunnel(&to->destination);
+	return tunnel && same_address(&tunnel->remote, &to->destination);
 }
 
 /* The device's index, once it is known who is behind it; 0 before. */
@@ -132,7 +135,7 @@ static __always_inline long find_tunnel_route(struct __sk_buff *ctx, struct bpf_
 
 	if (!tunnel || !device)
 		return BPF_FIB_LKUP_RET_UNSUPP_LWT;
-	if (bpf_check_mtu(ctx, device, &mtu, 0, 0))
+	if (bpf_check_mtu(ctx, device, &mtu, 0, BPF_MTU_CHK_SEGS))
 		return BPF_FIB_LKUP_RET_FRAG_NEEDED;
 	if (set_key(ctx, tunnel, &flow->source))
 		return BPF_FIB_LKUP_RET_UNSUPP_LWT;

@@ -368,6 +368,8 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return address_flags(&p->flow.destination) & ~ADDRESS_NODE || with_policy ?
 			       drop(ctx, REASON_FRAGMENT_LOST, &p->flow) : TCX_NEXT;
 
+	if (place == PLACE_NETWORK && is_for_tunnel(&p->flow))
+		return TCX_NEXT; /* what is inside is looked at when it is out */
 	if (p->kind == PACKET_ICMP_ERROR)
 		return pass_error(ctx, w, place);
 	if (with_dsr && place == PLACE_NETWORK && p->transport != p->network + plain_head(p)) {

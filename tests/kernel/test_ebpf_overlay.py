@@ -111,7 +111,7 @@ class Overlay(World):
             self.policy_compiler.attach(Attachment(("x", name), f"pod{number}", addresses))
         self.batch(
             self.spaces["outside"],
-            f"link add {OVERLAY_DEVICE} address {tunnel_mac('other').hex(':')} mtu 1430 type vxlan "
+            f"link add {OVERLAY_DEVICE} address {tunnel_mac('other').hex(':')} mtu 1500 type vxlan "
             "external dstport 8472 nolearning udp6zerocsumrx",
             f"link set {OVERLAY_DEVICE} up",
             *(f"addr add {STRANGER[f]}/{BITS[f]} dev eth0" for f in (4, 6)),
@@ -225,9 +225,10 @@ def world(request):
                     ("outside", OTHER_INSIDE),
                 ):
                     made.serve(space, addresses[family], 80, kind)
-        for space, addresses in (("pod1", POD[1]), ("outside", REMOTE)):
-            for family in (4, 6):
-                made.serve(space, addresses[family], 81)
+        for family in (4, 6):
+            made.serve("pod1", POD[1][family], 81)
+            made.serve("outside", REMOTE[family], 81)
+            made.serve("pod1", POD[1][family], OVERLAY_PORTS["vxlan"], socket.SOCK_DGRAM)
         yield made
         made.programs.close()
         made.routes.close()
@@ -380,6 +381,17 @@ def test_a_pod_does_not_reach_the_other_end_of_the_tunnel(world):
         for port in OVERLAY_PORTS.values():
             client.sendto(b"x" * 50, (OUTSIDE[world.underlay], port))
     assert world.programs.outcomes()["spoofed"] == before + 2
+
+
+@FAMILIES
+def test_pods_may_use_the_tunnels_port_and_policies_hold_there(world, family):
+    port, kind = OVERLAY_PORTS["vxlan"], socket.SOCK_DGRAM
+    here, far = POD[1][family], REMOTE[family]
+    assert world.ask("pod2", here, port, kind) == (here, POD[2][family])
+    assert world.ask("outside", here, port, kind, source=(far, 0)) == (here, far)
+    world.allow(OTHER)
+    with pytest.raises(TimeoutError):
+        world.ask("outside", here, port, kind, source=(far, 0), timeout=0.15)
 
 
 @FAMILIES
