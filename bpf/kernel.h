@@ -13,6 +13,7 @@
 #include <linux/ipv6.h>
 #include <stdbool.h>
 
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
@@ -57,6 +58,18 @@
 #define ICMPV6_ROUTER_ADVERTISEMENT 134
 #define ICMPV6_REDIRECT 137
 #define ICMPV6_PORT_UNREACHABLE_CODE 4
+
+/* What programs may read of the kernel's own structures. */
+struct net_device {
+	unsigned long priv_flags : 32;
+} __attribute__((preserve_access_index));
+
+struct sk_buff {
+	struct net_device *dev;
+	__u8 ip_summed : 2;
+} __attribute__((preserve_access_index));
+
+extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym;
 
 /* A map that grows: an array of maps whose first slot is the map in force. Growing makes a larger
  * inner map, fills it, and replaces the slot; programs never see a half-filled one. */

@@ -9,8 +9,6 @@
 
 #include <linux/tcp.h>
 
-#include <bpf/bpf_core_read.h>
-
 #include "forward.h"
 
 #define ICMP_HEAD 8
@@ -31,12 +29,6 @@ struct refusal {
 		} icmp;
 	};
 };
-
-struct sk_buff {
-	__u8 ip_summed : 2;
-} __attribute__((preserve_access_index));
-
-extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym;
 
 #define CHECKSUM_PARTIAL 3
 

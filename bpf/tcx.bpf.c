@@ -411,12 +411,24 @@ int from_pod(struct __sk_buff *ctx)
 	return walk(ctx, PLACE_POD);
 }
 
+#define IFF_BRIDGE_PORT (1 << 9)
+
+static __always_inline bool is_bridge_port(struct __sk_buff *ctx)
+{
+	struct sk_buff *skb = bpf_cast_to_kern_ctx(ctx);
+	struct net_device *device = skb->dev;
+
+	return device && BPF_CORE_READ_BITFIELD(device, priv_flags) & IFF_BRIDGE_PORT;
+}
+
 /* What the link carries for others (a capture makes it promiscuous), and what belongs to a VLAN of the
- * interface, whose own device sees it next, is not for us. */
+ * interface, whose own device sees it next, is not for us. A bridge has an address of its own, and its
+ * packets are seen at its ports only. */
 SEC("tc")
 int from_network(struct __sk_buff *ctx)
 {
-	if (ctx->pkt_type != PACKET_HOST || (ctx->vlan_present && ctx->vlan_tci & VLAN_ID))
+	if ((ctx->pkt_type != PACKET_HOST && !is_bridge_port(ctx)) ||
+	    (ctx->vlan_present && ctx->vlan_tci & VLAN_ID))
 		return TCX_NEXT;
 	return walk(ctx, PLACE_NETWORK);
 }

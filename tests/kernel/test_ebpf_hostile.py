@@ -96,10 +96,10 @@ class Node:
     def run(self, packet, link="pod1", *, host_mac=None):
         """``(verdict, IP packet)`` of a packet that comes in by `link`; "": the node sends it."""
         kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
-        host, peer = (bytes.fromhex(t.replace(":", "")) for t in ENDS[link or "up0"])
+        host, peer = (bytes.fromhex(t.replace(":", "")) for t in ENDS.get(link, UPLINK_MAC))
         context = bytearray(192)
         struct.pack_into("=I", context, 40, self.world.ifindex(link or "up0"))
-        name = {"pod": "from_pod", "up0": "from_network", "": "from_node"}[link[:3]]
+        name = {"pod": "from_pod", "": "from_node"}.get(link[:3], "from_network")
         frame = (host_mac or host) + peer + struct.pack(">H", kind) + packet
 
         def body():
@@ -142,6 +142,20 @@ def test_frames_for_others_are_left_alone(node):
     assert node.run(packet, "up0")[0] == REDIRECT
     for mac in (b"\2\0\0\0\x07\x07", b"\xff" * 6, b"\1\0\x5e\0\0\1"):
         assert node.run(packet, "up0", host_mac=mac) == (NEXT, packet)
+
+
+def test_what_is_for_a_bridge_is_seen_at_its_ports(node):
+    """By an address that is the bridge's: there are no programs on the bridge itself."""
+    service(node, 4, Protocol.TCP, [])
+    packet = packets.first(CLIENT[4], NODE[4], Protocol.TCP, (5000, 30080), 1)
+    space = node.world.spaces["node"]
+    node.world.batch(space, "link add br0 type bridge", "link add port0 type veth peer name port1")
+    try:
+        assert node.run(packet, "port0", host_mac=b"\2\0\0\0\x07\x07")[0] == NEXT
+        node.world.batch(space, "link set port0 master br0")
+        assert node.run(packet, "port0", host_mac=b"\2\0\0\0\x07\x07")[0] == REDIRECT
+    finally:
+        node.world.batch(space, "link del port0", "link del br0")
 
 
 def test_what_belongs_to_a_vlan_is_for_the_device_of_the_vlan(node):
@@ -520,3 +534,19 @@ def test_headers_may_lie_in_another_page(node, jumbo, family):
             + packet
         )
         assert len(server.recv(9000)) == 5000
+
+
+def test_a_growth_that_was_cut_short_is_finished(node):
+    """The agent may end between two steps of it; entries of the smaller table would never age."""
+    service(node, 4, Protocol.UDP, [REMOTE[4]])
+    packet = packets.first(CLIENT[4], NODE[4], Protocol.UDP, (7000, 30080), 1)
+    first = node.run(packet, "up0")[1]
+    outer, growing = node.programs.maps["connections"], node.programs.growing["connections"]
+    retiring = (1).to_bytes(4, "little")
+    outer.update(retiring, growing.map.fd.to_bytes(4, "little"))
+    growing.exchange(growing.make(2 * growing.capacity)).close()
+    assert node.run(packet, "up0")[1] == first
+    node.programs.connections.maintain()
+    assert outer.lookup(retiring) is None
+    assert len(list(growing.map.keys())) == 2
+    assert node.run(packet, "up0")[1] == first

@@ -76,7 +76,7 @@ class Housekeeping:
     def _try(self, work: Callable[[], object]) -> None:
         try:
             work()
-        except PodwireError as error:
+        except (PodwireError, OSError) as error:  # the next round comes all the same
             log.error("housekeeping of the eBPF data path: %s", error)
 
 
