@@ -1,10 +1,13 @@
 """Maps of the eBPF data path driven to full: told before, named when, and traffic goes on."""
 
+import asyncio
 import os
 import socket
 
 import pytest
 
+from podwire.agent.ebpf import MapWatch
+from podwire.agent.metrics import Metrics
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.conntrack.inspector import PRESSURE
 from podwire.datapath.ebpf.fill import Pressure, measure
@@ -76,6 +79,37 @@ def test_a_pod_too_many_is_refused_by_name_and_the_others_go_on(world):
     assert world.ask("pod2", POD[1][4], 80)[0] == POD[1][4]
     pods.replace([many, pod_link(world, 1, *POD[1].values())])
     assert world.ask("node", POD[1][4], 80)[0] == POD[1][4]
+
+
+async def _until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def test_the_agent_tells_of_it_in_status_log_and_metrics(world, caplog):
+    class Agent:
+        metrics = Metrics()
+
+    watch, pods = MapWatch(world.programs), EbpfPods(world.programs)
+    pods.start()
+    pods.add(pod_link(world, 1, *POD[1].values(), "10.244.0.8", "10.244.0.9"))
+
+    async def run():
+        task = asyncio.create_task(watch.run(Agent))
+        try:
+            await _until(watch.reasons)
+        finally:
+            task.cancel()
+
+    with caplog.at_level("WARNING"):
+        asyncio.run(run())
+    sentence = "eBPF map endpoints is 80% full (4 of 5): pods beyond it cannot be added"
+    assert watch.reasons() == [sentence]
+    assert [record.map for record in caplog.records] == ["endpoints"]
+    lines = Agent.metrics.text().decode().splitlines()
+    assert 'podwire_bpf_map_fill{map="endpoints"} 0.8' in lines
+    assert 'podwire_bpf_map_entries{map="endpoints"} 4.0' in lines
 
 
 def test_affinities_beyond_the_limit_are_told_and_balanced_all_the_same(world):
