@@ -69,7 +69,8 @@ def outside(lab: Lab) -> Iterator[int]:
 
 def ask_node(lab: Lab, outside: int, family: int, protocol: str) -> Answer:
     address = lab.record.nodes["node1"].addresses[family]
-    return ask(outside, address, {"TCP": 30080, "UDP": 30053}[protocol], protocol)
+    port = {"TCP": 30080, "UDP": 30053}[protocol]
+    return ask(outside, address, port, protocol, timeout_s=5)
 
 
 @pytest.mark.parametrize("family", [0, 1], ids=["IPv4", "IPv6"])

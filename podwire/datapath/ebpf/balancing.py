@@ -38,7 +38,9 @@ class Balancing:
         if not port.externally_accessible:
             return ""
         how = "at random"
-        if self.has_table(port):
+        if len(external_list(port)) == 1:
+            how = "to the only backend"
+        elif self.has_table(port):
             how = f"by a Maglev table of {self.table_size} entries"
         if self.mode == "dsr" and not port.external_local:
             how += ", other nodes' backends answer the client directly"
