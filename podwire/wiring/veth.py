@@ -14,7 +14,7 @@ from podwire.kernel import address, link, neighbour, route, sysctl
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.neighbour import Neighbour
 from podwire.kernel.netlink import NetlinkSocket, Request
-from podwire.net import Address, Prefix, format_address
+from podwire.net import Address, Prefix, format_address, link_local
 from podwire.wiring import KERNEL_PROTOCOL, Attachment, Key, PodAddress, PodRoute
 
 PREFIX = "pw"
@@ -43,11 +43,6 @@ def pod_mac(addresses: Collection[PodAddress]) -> bytes:
         number = each.address if len(each.address) == 4 else hashlib.sha1(each.address).digest()[:4]
         return b"\x0a\x58" + number
     return b""
-
-
-def _link_local(mac: bytes) -> Address:
-    """The EUI-64 link-local address (RFC 4291, appendix A)."""
-    return b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
 
 
 def host_prefix(address: Address) -> Prefix:
@@ -102,7 +97,7 @@ def set_up_pod(
         requests.append(link.configure(index, ipv6_address_generation="none"))
     requests.append(link.change(index, up=True))
     if any(len(each.address) == 16 for each in attachment.addresses):
-        own = InterfaceAddress(index, _link_local(attachment.mac), 64, address.SCOPE_LINK)
+        own = InterfaceAddress(index, link_local(attachment.mac), 64, address.SCOPE_LINK)
         requests.append(address.add(own))
     requests += [
         address.add(InterfaceAddress(index, each.address, each.length, flags=flags))

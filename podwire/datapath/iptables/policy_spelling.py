@@ -6,7 +6,6 @@ change over to it in one transaction. So a rule set is judged by the old table o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from podwire.datapath.iptables.policy_rules import (
     names,
     reason_chain,
 )
-from podwire.datapath.iptables.ruleset import ChainKey, Wanted
+from podwire.datapath.iptables.ruleset import ChainKey, Wanted, tag
 from podwire.kernel.ipset import IpSet, net_elements
 from podwire.kernel.iptables import Rules
 from podwire.net import Prefix, Protocol, format_address, range_to_prefixes
@@ -48,7 +47,7 @@ class Reason(NamedTuple):
     @property
     def chain(self) -> str:
         letter = "D" if self.verdict is Verdict.DENY else "A"
-        return f"{CHAIN}{letter}{_tag(repr(self))}"
+        return f"{CHAIN}{letter}{tag(repr(self))}"
 
 
 class _RuleSetSpelling(NamedTuple):
@@ -202,7 +201,7 @@ class _Writer:
         """What holds for peers with these addresses."""
         if not addresses:
             return
-        name = names(self._family).sets + _tag(f"{kind} {' '.join(sorted(addresses))}")
+        name = names(self._family).sets + tag(f"{kind} {' '.join(sorted(addresses))}")
         self.sets[name] = (IpSet(name, kind, self._family), addresses)
         match = f"-m set --match-set {name} {self._peer}"
         self._rules.append(f"{match} -g {self._verdicts(verdicts)}")
@@ -217,7 +216,7 @@ class _Writer:
 
     def _verdicts(self, verdicts: Verdicts) -> str:
         rules = list(self._outcomes(verdicts))
-        name = f"{CHAIN}V{_tag(chr(10).join(rules))}"
+        name = f"{CHAIN}V{tag(chr(10).join(rules))}"
         self.chains[name] = rules
         return name
 
@@ -258,8 +257,3 @@ def _cidrs(interval: Interval) -> Iterator[str]:
     first, last = (int.from_bytes(edge, "big") for edge in (interval.first, interval.last))
     for value, length in range_to_prefixes(first, last, bits):
         yield from net_elements(Prefix(value.to_bytes(bits // 8, "big"), length))
-
-
-def _tag(text: str) -> str:
-    """15 characters that stand for `text` in names, which the kernel keeps short."""
-    return hashlib.sha256(text.encode()).hexdigest()[:15]

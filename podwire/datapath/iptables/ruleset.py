@@ -7,6 +7,7 @@ transaction, and what they need no more goes last.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,6 +26,11 @@ class Names(NamedTuple):
 
     chains: str
     sets: str
+
+
+def tag(text: str) -> str:
+    """15 characters that stand for `text` in names, which the kernel keeps short."""
+    return hashlib.sha256(text.encode()).hexdigest()[:15]
 
 
 @dataclass

@@ -5,11 +5,11 @@ A link is a rule in a chain that several ports share (the trees); it stays while
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from podwire.datapath.iptables.ruleset import tag
 from podwire.datapath.iptables.services_rules import (
     ANYWHERE,
     CHAIN,
@@ -69,7 +69,7 @@ class _Writer:
         self._config = config
         self._family: Family = port.name.family
         self._protocol = PROTOCOLS[port.name.protocol]
-        self._tag = _tag(str(port.name))
+        self._tag = tag(str(port.name))
 
     def frontend(self, frontend: Frontend) -> None:
         port = self._port
@@ -174,7 +174,7 @@ class _Writer:
         return set_name(self._family, f"a-{self._backend_tag(backend)}")
 
     def _backend_tag(self, backend: Backend) -> str:
-        return _tag(f"{self._port.name} {format_backend(backend)}")
+        return tag(f"{self._port.name} {format_backend(backend)}")
 
     def _path(self, frontend: Frontend, chain: str) -> Iterator[tuple[str, str]]:
         """The way through the tree from its root to `chain`."""
@@ -253,8 +253,3 @@ def _address_path(family: Family, low: bytes) -> tuple[tuple[str, str], ...]:
 
 def _low_bits(address: Address, step: int) -> int:
     return int.from_bytes(address[-2:], "big") & ((1 << _STEP_BITS * step) - 1)
-
-
-def _tag(text: str) -> str:
-    """15 characters that stand for `text` in names, which the kernel keeps short."""
-    return hashlib.sha256(text.encode()).hexdigest()[:15]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from podwire.datapath.nftables.fixed import FixedTable
 from podwire.errors import KernelError
 from podwire.kernel.nftables import BRIDGE, Element, NfTables, Set, Transaction, concat
-from podwire.net import Address
+from podwire.net import Address, link_local
 
 TABLE = "podwire-spoof"
 
@@ -203,7 +203,7 @@ def _elements(ifname: str, binding: Binding | None) -> dict[Set, set[Element]]:
     ipv4 = {a for a in binding.addresses if len(a) == 4}
     ipv6 = binding.addresses - ipv4
     if ipv6:
-        ipv6 |= {b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]}
+        ipv6 |= {link_local(mac)}
     keys6 = {Element(concat(port, mac, a)) for a in ipv6}
     return {
         _PORTS: {Element(port)},
