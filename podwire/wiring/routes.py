@@ -17,7 +17,7 @@ entries move no packet on it: they tell people and tools that ask `bridge fdb` w
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from podwire.kernel import address, geneve, link, neighbour, route, vxlan
 from podwire.kernel.address import InterfaceAddress
@@ -28,7 +28,7 @@ from podwire.kernel.neighbour import Forward, Neighbour
 from podwire.kernel.netlink import NetlinkSocket, Request
 from podwire.kernel.route import Encapsulation, Route
 from podwire.kernel.vxlan import Vxlan
-from podwire.net import Address, format_address
+from podwire.net import Address, Prefix, format_address
 from podwire.nodes import (
     OVERLAY_DEVICES,
     OVERLAY_ID,
@@ -204,14 +204,14 @@ class NodeRoutes:
         overlay = table.routing == "vxlan"
         if overlay and not self._device:
             return
-        wanted = {self._route(each, table.underlay) for each in table.routes}
+        wanted = {one for each in table.routes for one in self._routes(each, table.underlay)}
         ours = route.dump(self._sock, table=route.TABLE_MAIN, protocol=ROUTE_PROTOCOL)
         # With direct routing the kernel chooses the link.
         have = {each if overlay else each._replace(link=0): each for each in ours}
         slots = {(each.prefix, each.metric) for each in have}
         requests = [
             route.add(each, replace=(each.prefix, each.metric) in slots)
-            for each in wanted - have.keys()
+            for each in sorted(wanted - have.keys(), key=lambda each: bool(each.gateway))
         ]
         kept = {(each.prefix, each.metric) for each in wanted}
         requests += [
@@ -221,11 +221,17 @@ class NodeRoutes:
         ]
         self._do(requests, repairs)
 
-    def _route(self, to: NodeRoute, underlay: Address) -> Route:
+    def _routes(self, to: NodeRoute, underlay: Address) -> Iterator[Route]:
         if not to.remote:
-            return route.via(to.prefix, to.gateway, 0, protocol=ROUTE_PROTOCOL)
+            yield route.via(to.prefix, to.gateway, 0, protocol=ROUTE_PROTOCOL)
+            return
         tunnel = Encapsulation(OVERLAY_ID, to.remote, underlay, checksum=len(underlay) == 16)
-        return route.via(
+        if to.prefix.bits == 128:
+            # An IPv6 gateway that somebody's route covers is refused, onlink or not, unless ours is
+            # narrower (net/ipv6/route.c, ip6_route_check_nh_onlink).
+            narrow = route.direct(Prefix(to.gateway, 128), self._device, protocol=ROUTE_PROTOCOL)
+            yield narrow._replace(tunnel=tunnel)
+        yield route.via(
             to.prefix,
             to.gateway,
             self._device,

@@ -281,6 +281,41 @@ def test_a_device_of_another_kind_is_replaced(make_netns: Callable[[], int]) -> 
     cluster.close()
 
 
+def test_another_overlay_in_the_way_is_told_and_outlived(make_netns: Callable[[], int]) -> None:
+    """flannel's device takes the same port; once it is gone, ours goes up."""
+    cluster = Cluster("vxlan", make_netns)
+    one, two, _ = cluster.members
+    flannel = vxlan.Vxlan(1, 8472, local=A("192.168.7.1"))
+    one.sock.run(vxlan.add_vxlan(End("flannel.1"), flannel, up=True))
+    cluster.put(1, 2)
+    cluster.apply()
+    problems = one.routes.status()["problems"]
+    assert any("UDP port is taken" in text for text in problems.values())  # type: ignore[attr-defined]
+    one.sock.run(link.delete("flannel.1"))
+    one.routes.verify()
+    assert one.routes.status()["problems"] == {}
+    assert exchange(one, two, 4) == one.pod(4)
+    cluster.close()
+
+
+def test_ipv6_pods_are_reached_where_another_route_covers_them(
+    make_netns: Callable[[], int],
+) -> None:
+    cluster = Cluster("vxlan", make_netns)
+    one, two, _ = cluster.members
+    eth0 = present(one.sock, "eth0").index
+    one.sock.run(route.add(route.direct(P("fd00::/8"), eth0)))
+    cluster.put(1, 2)
+    cluster.apply()
+    assert one.routes.status()["problems"] == {}
+    assert exchange(one, two, 6) == one.pod(6)
+    assert one.routes.verify() == []
+    cluster.store.remove(Node, ("", "n2"))
+    cluster.apply()
+    assert route.dump(one.sock, protocol=80) == []
+    cluster.close()
+
+
 def test_neighbours_are_permanent(make_netns: Callable[[], int]) -> None:
     cluster = Cluster("vxlan", make_netns)
     cluster.put(1, 2, 3)
