@@ -179,6 +179,25 @@ def test_the_clients_of_the_cluster_are_masqueraded(world):
         assert ask(client) == (NODES["a"][4], 3)
 
 
+def test_a_udp_flow_leaves_a_backend_that_is_gone(world):
+    world.serve("pod", POD[4], 82, UDP)
+    nodes = {"a": world.a, "b": world.b}
+    try:
+        with world.connect(NODES["a"][4], 30092, UDP, source_port=47005) as client:
+            for number in (80, 82):
+                served = (backend(parse_address(POD[4]), number),)
+                for name, node in nodes.items():
+                    fields = {"here": name == "b", "backends": served, "serving": served}
+                    port = make_port("moving", 92, 4, UDP, **fields)
+                    node.apply(make_table(name, [*make_ports(name == "b"), port]))
+                assert ask(client) == (CLIENT[4], 3)
+                led = {to.destination_port for _, to in world.a.services.connections.items()}
+                assert number in led
+    finally:
+        for name, node in nodes.items():
+            node.apply(make_table(name, make_ports(name == "b")))
+
+
 def test_an_address_that_other_nodes_do_not_know_is_masqueraded(world):
     second = "198.18.0.21"
     world.batch(world.spaces["a"], f"addr add {second}/24 dev up0")
