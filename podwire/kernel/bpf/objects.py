@@ -210,15 +210,17 @@ def _check(result: int, what: str) -> None:
 
 
 _messages: list[str] = []
+_libc = ctypes.CDLL(None)
 
 
 @_Print
 def _collect(level: int, template: bytes, arguments: int) -> int:
+    """Keeps the warnings; of an object's load libbpf tells hundreds of lines besides."""
+    if level != 0 or len(_messages) >= 50:
+        return 0
     text = ctypes.create_string_buffer(2048)
-    ctypes.CDLL(None).vsnprintf(text, len(text), template, ctypes.c_void_p(arguments))
-    if level == 0 and len(_messages) < 50:
-        line = text.value.decode(errors="replace").strip()
-        _messages.append(line.removeprefix("libbpf: ")[:300])
+    _libc.vsnprintf(text, len(text), template, ctypes.c_void_p(arguments))
+    _messages.append(text.value.decode(errors="replace").strip().removeprefix("libbpf: ")[:300])
     return 0
 
 
