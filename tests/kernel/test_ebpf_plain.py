@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from podwire.datapath.ebpf import programs
 from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.policy import PolicyPart
@@ -180,3 +181,19 @@ def test_datagrams_are_noted_also_without_policies(world):
         enforce(world, policy("closed", CLOSED))
         client.send(b"who")
         assert client.recv(100)
+
+
+def test_a_kernel_without_the_iterator_notes_all(monkeypatch):
+    monkeypatch.setitem(programs._NEEDS, "adopt", "no_such_function")
+    with World() as world:
+        start(world)
+        populate(world)
+        world.echo("pod1", POD[1][4], 80)
+        enforce(world)
+        client = connected(world, 4)
+        assert answers(client)
+        assert len(entries(world)) == 2
+        enforce(world, policy("closed", CLOSED))
+        assert answers(client)
+        client.close()
+        world.programs.cleanup()

@@ -144,7 +144,7 @@ class Connections:
     def adopt(self, pods: Mapping[int, Sequence[Address]]) -> None:
         """Hold what is open of these pods' own TCP, and no more: addresses by interface."""
         addresses = [mapped(address) for each in pods.values() for address in each]
-        if addresses:
+        if addresses and self._programs.reads_sockets:
             adopted = self._programs.maps["adopted"]
             adopted.update_batch((address, b"\1") for address in addresses)
             try:

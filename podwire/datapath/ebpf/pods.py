@@ -156,7 +156,7 @@ def set_plain(programs: Programs, ifindex: int, addresses: Iterable[Address], pl
     Its TCP connections with other such pods have no entries then. A pod whose namespace is not
     known is never plain: nobody could find what it has open.
     """
-    plain = plain and ifindex in programs.namespaces
+    plain = plain and programs.reads_sockets and ifindex in programs.namespaces
     interfaces, endpoints = programs.maps["interfaces"], programs.maps["endpoints"]
     key = NUMBER.pack(ifindex)
     with programs.lock:

@@ -87,6 +87,7 @@ _SOCKET_HOOKS = {
     for hook in ("CONNECT", "SENDMSG", "RECVMSG", "GETPEERNAME")
     for family in (4, 6)
 }
+_NEEDS = {"terminate": "bpf_sock_destroy", "adopt": "bpf_iter_tcp"}  # what not all kernels have
 _TCX = {"ingress": AttachType.TCX_INGRESS, "egress": AttachType.TCX_EGRESS}
 
 
@@ -350,6 +351,11 @@ class Programs:
         for path in self.namespaces.values():
             _run_in(path, link)
 
+    @property
+    def reads_sockets(self) -> bool:
+        """Whether `adopt` is there to find what pods have open."""
+        return "adopt" in self._objects
+
     def run_in_pods(self, program: str, ifindexes: Iterable[int]) -> None:
         """Run an iterator program in the namespaces of known pods."""
         link = Link.iterator(self.program(program))
@@ -376,7 +382,7 @@ class Programs:
         loaded: dict[str, LoadedObject] = {}
         for path in sorted(OBJECTS.glob("*.bpf.o")):
             name = path.name.removesuffix(".bpf.o")
-            if name == "terminate" and not features.has_kfunc("bpf_sock_destroy"):
+            if name in _NEEDS and not features.has_kfunc(_NEEDS[name]):
                 continue
             loaded[name] = self._load_object(path)
         before, self._objects = self._objects, loaded

@@ -41,6 +41,11 @@ def lacking() -> list[str]:
             "connected UDP sockets stay with a backend that left",
             lambda: has_kfunc("bpf_sock_destroy"),
         ),
+        (
+            "the TCP socket iterator with BTF (5.9)",
+            "pods that no policy concerns have no short way",
+            lambda: has_kfunc("bpf_iter_tcp"),
+        ),
         ("XDP links (5.9)", "NodePorts are not served at the driver", has_xdp_link),
     )
     return [f"{name}: {without}" for name, without, probe in wanted if not probe()]

@@ -27,3 +27,14 @@ def test_throughput_has_a_lower_bound(tmp_path):
     report = Report("x", "X", tmp_path)
     report.row("direct", [9], "Gbit/s", peer=[10], ratio_at_least=0.95)
     assert not report.rows[0]["met"]
+
+
+def test_ratios_of_rounds_count_and_what_is_absent_is_no_miss(tmp_path, capsys):
+    report = Report("x", "X", tmp_path)
+    rounds = [1.02, 1.0, 1.04, 1.03, 9.0]  # somebody else's load fell on one
+    report.row("ours", [20], "µs", peer=[10], ratio_at_most=1.05, ratios=rounds)
+    report.absent("theirs", "there is no such kernel")
+    assert report.finish() == 0
+    out = capsys.readouterr().out
+    assert "1.030 × (1.020…1.040)" in out
+    assert "not measured: there is no such kernel" in out
