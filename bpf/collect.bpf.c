@@ -50,7 +50,7 @@ struct walk {
 
 #define OPENING_S 60 /* TCP that was never answered, or has ended */
 #define CLOSED_S 30
-#define UNANSWERED_S 30 /* anything else */
+#define UNANSWERED_S 30 /* anything else, also when it was one question and one answer */
 
 /* Answers go another way: what the client sends is all there is to judge by. */
 static __always_inline __u32 lifetime_one_way(const struct walk *w, __u8 protocol, __u8 here)
@@ -66,8 +66,10 @@ static __always_inline __u32 lifetime(const struct walk *w, __u8 protocol, __u8 
 {
 	if (!(here & STATE_SEEN) || !(there & STATE_SEEN))
 		return protocol == IPPROTO_TCP ? OPENING_S : UNANSWERED_S;
+	if (protocol == IPPROTO_SCTP)
+		return w->established_s;
 	if (protocol != IPPROTO_TCP)
-		return protocol == IPPROTO_SCTP ? w->established_s : w->datagram_s;
+		return (here | there) & STATE_DATA ? w->datagram_s : UNANSWERED_S;
 	if ((here | there) & STATE_RST || (here & there & STATE_FIN))
 		return CLOSED_S;
 	return (here | there) & STATE_DATA ? w->established_s : OPENING_S;

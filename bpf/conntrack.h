@@ -21,7 +21,7 @@ enum connection_flag {
 
 enum connection_state { /* what this direction has sent */
 	STATE_SEEN = 1,
-	STATE_DATA = 2, /* TCP: anything beyond the handshake's first packet */
+	STATE_DATA = 2, /* TCP: anything beyond the handshake's first packet; else: beyond one second */
 	STATE_FIN = 4,
 	STATE_RST = 8,
 };
@@ -53,9 +53,10 @@ struct {
 
 GROWING_MAP(connections, 2, BPF_MAP_TYPE_HASH, struct flow, struct connection, BPF_F_NO_PREALLOC);
 
-/* Ports that masquerading hands out: outside of the node's own range of outgoing ports. */
-const volatile __u16 first_port = 61000;
-const volatile __u16 port_count = 4536;
+/* Ports that masquerading hands out: outside of the node's own range of outgoing ports and of what is
+ * usual for NodePorts. */
+const volatile __u16 first_port = 10000;
+const volatile __u16 port_count = 20000;
 
 #define PORT_TRIES 32
 
@@ -137,6 +138,8 @@ static __always_inline void touch(struct connection *connection, const struct pa
 	__u8 state = connection->state | packet_state(p);
 	__u32 now = now_seconds();
 
+	if (p->flow.protocol != IPPROTO_TCP && connection->seen_s != now)
+		state |= STATE_DATA;
 	if (connection->state != state)
 		connection->state = state;
 	if (connection->seen_s != now)

@@ -46,7 +46,7 @@ class Node:
 
     def __init__(self, world):
         self.world = world
-        self.programs = Programs(world.name, world.spaces["node"], connections=16384)
+        self.programs = Programs(world.name, world.spaces["node"], connections=65536)
         self.programs.enable("services", "policy", "pods", "masquerade")
         self.services = ServicesPart(programs=self.programs)
         self.policy = PolicyPart(programs=self.programs)
@@ -396,10 +396,10 @@ def fill_ports(node, states):
     seen = struct.unpack_from("=I", next(iter(dict(table.items()).values())), 40)[0]
     node.programs.connections.clear()
     entries = {}
-    for number in range(4536):
+    for number in range(20000):
         client = (CLIENT[4], NODE[4], (number + 1, 30080), Protocol.TCP)
-        there = entry(NODE[4], REMOTE[4], (61000 + number, 80), Protocol.TCP)
-        answer = entry(REMOTE[4], NODE[4], (80, 61000 + number), Protocol.TCP)
+        there = entry(NODE[4], REMOTE[4], (10000 + number, 80), Protocol.TCP)
+        answer = entry(REMOTE[4], NODE[4], (80, 10000 + number), Protocol.TCP)
         back = entry(NODE[4], CLIENT[4], (30080, number + 1), Protocol.TCP)
         entries[entry(*client)] = CONNECTION.pack(there, seen, 1, states[0], 1)
         entries[answer] = CONNECTION.pack(back, seen, 1, states[1], 3)
@@ -424,7 +424,7 @@ def test_a_port_is_lent_again_only_when_both_ends_have_closed(node):
     port = packets.parse(out).source_port
     # the old owner of the port is gone whole, and takes nothing of the new one's with it
     table = node.programs.growing["connections"].map
-    old = entry(CLIENT[4], NODE[4], (port - 61000 + 1, 30080), Protocol.TCP)
+    old = entry(CLIENT[4], NODE[4], (port - 10000 + 1, 30080), Protocol.TCP)
     assert table.lookup(old) is None
 
 
@@ -550,3 +550,29 @@ def test_a_growth_that_was_cut_short_is_finished(node):
     assert outer.lookup(retiring) is None
     assert len(list(growing.map.keys())) == 2
     assert node.run(packet, "up0")[1] == first
+
+
+def grow_older(node, seconds):
+    table = node.programs.growing["connections"].map
+    for key, value in list(table.items()):
+        seen = struct.unpack_from("=I", value, 40)[0] - seconds
+        table.update(key, value[:40] + struct.pack("=I", seen) + value[44:])
+
+
+def test_a_question_and_its_answer_are_soon_forgotten_and_a_stream_is_not(node):
+    """Every query of a resolver takes a port of the node's; there are not so many of them."""
+    service(node, 4, Protocol.UDP, [REMOTE[4]])
+
+    def exchange():
+        question = packets.first(CLIENT[4], NODE[4], Protocol.UDP, (7000, 30080), 1)
+        port = packets.parse(node.run(question, "up0")[1]).source_port
+        node.run(packets.first(REMOTE[4], NODE[4], Protocol.UDP, (80, port), 2), "up0")
+        grow_older(node, 40)
+
+    exchange()
+    assert node.programs.connections.expire().removed == 2
+    exchange()
+    exchange()
+    assert node.programs.connections.expire().removed == 0
+    grow_older(node, 90)
+    assert node.programs.connections.expire().removed == 2
