@@ -52,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "drops":
         return asyncio.run(_drops(args))
     action = {"status": _status, "maps": _maps, "progs": _programs}[args.action]
-    action(_places(args), args)
+    places = _places(args)
+    if not places and not args.json:
+        print("no eBPF of podwire is here")
+    if places or args.json or args.action == "status":
+        action(places, args)
     return 0
 
 
@@ -97,8 +101,6 @@ def _status(places: Sequence[Place], args: argparse.Namespace) -> None:
         return
     for place in places:
         _print_node(place, links[place.node], outcomes[place.node], layouts[place.node])
-    if not places:
-        print("no eBPF of podwire is here")
     for name in missing:
         print(f"{paint('red', 'the kernel lacks')} {name}: the eBPF data path cannot run")
     for name in lacking:

@@ -8,6 +8,7 @@ and the counts of what still exists go on.
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -15,11 +16,14 @@ from typing import NamedTuple
 from podwire.datapath.counts import PolicyCount
 from podwire.datapath.ebpf.layout import RULING
 from podwire.datapath.ebpf.programs import Programs
+from podwire.errors import KernelError
 from podwire.kernel.bpf import Map
 from podwire.policy import Direction, PolicyRef, PolicyTable, Verdict
 from podwire.policy.model import Policy
 from podwire.policy.rulesets import RuleSet
 from podwire.policy.verdicts import Outcome
+
+log = logging.getLogger(__name__)
 
 
 class Ruling(NamedTuple):
@@ -103,7 +107,10 @@ class Rulings:
         self._programs.held["rulings"] = len(self._by_number)
         room -= len(self._counted)
         made, self._new = self._new[:room], self._new[room:]
-        counters.update_batch((RULING.pack(number), counters.zero) for number in made)
+        try:
+            counters.update_batch((RULING.pack(number), counters.zero) for number in made)
+        except KernelError as error:  # out of memory: counting is no reason not to enforce
+            log.warning("policies are enforced, but not counted: %s", error)
         self._counted.update(made)
 
     def forget(self, table: PolicyTable) -> None:
