@@ -13,7 +13,7 @@
 enum connection_flag {
 	CONNECTION_TRANSLATED = 1,
 	CONNECTION_REPLY = 2, /* the direction of the answers */
-	CONNECTION_HOST = 4, /* one end is a process of this node */
+	CONNECTION_STACK = 4, /* netfilter translates it: its packets go up the stack as they are */
 	CONNECTION_LOCAL = 8, /* TCP between two pods of this node */
 	CONNECTION_DSR = 16, /* led to another node, which answers the client itself */
 	CONNECTION_LED = 32, /* led here by another node: its two keys mirror each other */
@@ -60,6 +60,14 @@ const volatile __u16 port_count = 20000;
 
 #define PORT_TRIES 32
 
+static __always_inline struct connection *find_retiring(const struct flow *flow)
+{
+	__u32 slot = SLOT_RETIRING;
+	void *map = bpf_map_lookup_elem(&connections, &slot);
+
+	return map ? bpf_map_lookup_elem(map, flow) : NULL;
+}
+
 static __always_inline struct connection *find_connection(const struct flow *flow)
 {
 	__u32 slot = SLOT_CURRENT;
@@ -68,11 +76,7 @@ static __always_inline struct connection *find_connection(const struct flow *flo
 
 	if (map)
 		found = bpf_map_lookup_elem(map, flow);
-	if (found)
-		return found;
-	slot = SLOT_RETIRING;
-	map = bpf_map_lookup_elem(&connections, &slot);
-	return map ? bpf_map_lookup_elem(map, flow) : NULL;
+	return found ? found : find_retiring(flow);
 }
 
 static __always_inline bool is_local_translation(__u8 flags)
@@ -206,6 +210,9 @@ __noinline int claim_answers(struct creation *c, const struct flow *original, co
 	reverse(&c->value.to, original);
 	c->value.flags |= CONNECTION_REPLY;
 	c->value.state = 0;
+	other = find_retiring(&c->key);
+	if (other && !is_closed(other))
+		return -ERROR_EXIST;
 	error = bpf_map_update_elem(map, &c->key, &c->value, BPF_NOEXIST);
 	if (error != -ERROR_EXIST)
 		return error;

@@ -144,10 +144,20 @@ enum origin { ORIGIN_POD, ORIGIN_NODE, ORIGIN_OUTSIDE };
 
 enum detect_local { DETECT_NONE, DETECT_CIDR, DETECT_INTERFACE }; /* how pods are told */
 
+enum phase { /* of taking over from another data path, or handing over to one: see takeover.h */
+	PHASE_SERVING, /* every packet is ours */
+	PHASE_WAITING, /* none is */
+	PHASE_JOINING, /* all but those of connections that only netfilter knows */
+	PHASE_LEAVING, /* only those of connections that we know */
+	PHASE_MOVING, /* all, but entries are still on their way here */
+};
+
 struct settings {
 	struct address node[2]; /* what masquerading puts as source: IPv4, IPv6; zero: none */
 	__u32 detect_local;
 	__u32 overlay; /* index of the device between nodes; 0: none, or not ready */
+	__u32 phase;
+	__u32 pad;
 };
 
 struct {

@@ -14,6 +14,7 @@
 #include "reject.h"
 #include "service.h"
 #include "spoof.h"
+#include "takeover.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -344,12 +345,14 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 {
 	__u32 key = 0;
 	struct work *w = bpf_map_lookup_elem(&scratch, &key);
+	const struct settings *current = current_settings();
 	struct interface *pod = place == PLACE_POD ? find_interface(ctx->ifindex) : NULL;
 	struct connection *connection;
 	struct endpoint *neighbour;
 	struct packet *p;
+	__u32 phase;
 
-	if (!w)
+	if (!w || !current || (phase = current->phase) == PHASE_WAITING)
 		return TCX_NEXT;
 	p = &w->packet;
 	parse(ctx, p);
@@ -379,7 +382,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 			return taken;
 	}
 	neighbour = pod ? find_plain_neighbour(p, pod) : NULL;
-	if (neighbour && !has_local_entries())
+	if (neighbour && phase == PHASE_SERVING && !has_local_entries())
 		return to_pod(ctx, p, neighbour, false);
 	connection = find_connection(&p->flow);
 	if (connection && is_reopened(connection, p)) {
@@ -388,6 +391,12 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		forget_connection(&p->flow);
 		connection = NULL;
 	}
+	if (!connection && phase != PHASE_SERVING) {
+		enum handling handling = handle_unknown(ctx, p, phase);
+
+		if (handling != HANDLE)
+			return handling == HOLD_BACK ? TCX_DROP : TCX_NEXT;
+	}
 	if (!connection) {
 		int verdict = neighbour && !is_shadowed(w) ? to_pod(ctx, p, neighbour, false) :
 							     begin(ctx, w, place);
@@ -395,6 +404,8 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return with_dsr && verdict == LEAD ? lead(ctx, w) : verdict;
 	}
 	touch(connection, p);
+	if (connection->flags & CONNECTION_STACK)
+		return TCX_NEXT;
 	if (!(connection->flags & CONNECTION_TRANSLATED))
 		return send(ctx, p, place, false, false);
 	w->to = connection->to;

@@ -124,11 +124,12 @@ int from_driver(struct xdp_md *ctx)
 {
 	__u32 key = 0;
 	struct xdp_work *w = bpf_map_lookup_elem(&xdp_scratch, &key);
+	const struct settings *current = current_settings();
 	struct connection *connection;
 	struct bpf_fib_lookup route;
 	struct packet *p;
 
-	if (!w)
+	if (!w || !current || current->phase != PHASE_SERVING)
 		return XDP_PASS;
 	p = &w->packet;
 	parse(ctx, p);

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol
 
-from podwire.agent import ebpf
+from podwire.agent import ebpf, handover
+from podwire.agent.carry import Carry
 from podwire.agent.logs import event
 from podwire.agent.options import PARTS, Options
 from podwire.datapath import Part
@@ -21,6 +22,7 @@ from podwire.datapath.nftables.nodes import NodesPart as NftablesNodesPart
 from podwire.datapath.nftables.policy import PolicyPart as NftablesPolicyPart
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.errors import KernelError, Unsupported
+from podwire.kernel.ctnetlink import Entry, Table
 from podwire.kernel.iptables import FLAVOURS, Flavour, detect_flavour, installed
 from podwire.nodes import RouteTable
 from podwire.policy import PolicyTable
@@ -29,6 +31,12 @@ from podwire.services import ProxyConfig, ServiceTable
 log = logging.getLogger("podwire.agent.datapaths")
 
 BRIDGE = "cni0"
+
+
+class Removable(Protocol):
+    """Something in the kernel that podwire made and can take away whole."""
+
+    def cleanup(self) -> None: ...
 
 
 class DataPath:
@@ -77,14 +85,43 @@ class DataPath:
             return IptablesPolicyPart(bridge=bridge, flavour=self._flavour)
         return NftablesPolicyPart(bridge=bridge)
 
-    def others(self) -> Iterator[tuple[str, Part[Any]]]:
-        """Parts of the data paths that do not run, whose leftovers go once this one is complete."""
+    def take_over(self, complete: bool) -> bool:
+        """Serve alone from now on: what an earlier data path of ours or kube-proxy left goes.
+
+        False: as long as ours is not `complete`, theirs stays in force. Raises KernelError.
+        """
+        found = handover.predecessors() if self.programs is not None else []
+        if not complete and (found or self.programs is None):
+            return False
+        carried: list[Entry] = []
+        if self.programs is not None:
+            carried = ebpf.take_over(self.programs, found)
+            if found:
+                Carry().begin()
+        if not complete:
+            return False
+        for name, leftover in self._others():
+            leftover.cleanup()
+            event(log, logging.DEBUG, "no other data path is left", part=name)
+        if "services" in self._options.parts:
+            handover.remove_kube_proxy()
+        if carried:
+            with Table() as table:
+                table.delete_entries(carried)
+        return True
+
+    def settle(self) -> bool:
+        """Let go of what is only for connections from before; whether all has ended."""
+        return Carry().end()
+
+    def _others(self) -> Iterator[tuple[str, Removable]]:
+        """Parts of the data paths that do not run."""
         wanted = {
             "services": "services" in self._options.parts,
             "policy": "policy" in self._options.parts,
             "masquerade": "nodes" in self._options.parts,
         }
-        for path, name, part in leftovers(self._options):
+        for path, name, part in leftovers(self._options, hand_over=True):
             if path != self.name and wanted.get(name, all(wanted.values())):
                 yield f"{path} {name}", part
 
@@ -113,8 +150,11 @@ def _unfit(options: Options) -> str:
     return "routed wiring (--wiring routed)" if options.wiring != "routed" else ""
 
 
-def leftovers(options: Options) -> Iterator[tuple[str, str, Part[Any]]]:
-    """Data path, name and part of all that an agent of this node may have left in the kernel."""
+def leftovers(options: Options, *, hand_over: bool = False) -> Iterator[tuple[str, str, Removable]]:
+    """Data path, name and part of all that an agent of this node may have left in the kernel.
+
+    `hand_over`: netfilter's rules are complete, so connections of eBPF's go on there.
+    """
     yield "nftables", "services", NftablesServicesPart(ProxyConfig())
     yield "nftables", "policy", NftablesPolicyPart(bridge=BRIDGE)
     yield "nftables", "masquerade", NftablesNodesPart()
@@ -124,6 +164,5 @@ def leftovers(options: Options) -> Iterator[tuple[str, str, Part[Any]]]:
             yield "iptables", "policy", IptablesPolicyPart(bridge=BRIDGE, flavour=flavour)
             yield "iptables", "masquerade", IptablesNodesPart(flavour=flavour)
             break  # each removes what either flavour holds
-    programs = Programs(options.node_name)
-    if programs.folder.exists():
-        yield "ebpf", "programs", EbpfServicesPart(ProxyConfig(), programs=programs)
+    yield "ebpf", "programs", ebpf.Pins(options, hand_over=hand_over)
+    yield "ebpf", "connections from before", Carry()

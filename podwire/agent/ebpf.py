@@ -13,13 +13,16 @@ from prometheus_client.registry import Collector
 from podwire.agent.logs import event
 from podwire.agent.options import Options
 from podwire.agent.pods import Gate
+from podwire.datapath.ebpf import pinned, takeover
 from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.fill import Fill, Pressure, measure
+from podwire.datapath.ebpf.layout import Phase
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.programs import Programs, missing
 from podwire.datapath.ebpf.uplinks import Uplinks
-from podwire.errors import Unsupported
+from podwire.errors import KernelError, Unsupported
 from podwire.kernel.bpf import features
+from podwire.kernel.ctnetlink import Entry, Table
 from podwire.net import Address
 from podwire.wiring import Attachment
 
@@ -37,7 +40,7 @@ def make_programs(options: Options) -> Programs:
     """The node's programs, pinned under its name; sockets of the whole node get Services.
 
     All parts are switched on at once: an agent that starts over a running one would else replace
-    its programs by some that do not judge yet.
+    its programs by some that do not judge yet. Where none run, `take_over` attaches them.
     """
     programs = Programs(options.node_name, cgroup=features.has_cgroup2())
     words = {"services": "services", "policy": "policy", "cni": "pods"}
@@ -48,7 +51,7 @@ def make_programs(options: Options) -> Programs:
         wanted.append("overlay")
     if options.lb_mode == "dsr":
         wanted.append("dsr")
-    programs.enable(*wanted)
+    programs.enable(*wanted, attach=False)
     return programs
 
 
@@ -64,6 +67,57 @@ def make_uplinks(programs: Programs, options: Options, addresses: Iterable[Addre
     if options.lb_acceleration == "native" and uplinks.problems:
         raise Unsupported(f"{uplinks.problems[0]} (best-effort goes on without)")
     return uplinks
+
+
+def take_over(programs: Programs, predecessors: Sequence[str]) -> list[Entry]:
+    """Put programs whose maps are complete in force; `predecessors` serve in netfilter until then.
+
+    Returns entries of the kernel's table that may go after the predecessors.
+    """
+    if not predecessors or programs.phase is Phase.SERVING:
+        if programs.phase is not Phase.SERVING:
+            programs.attach(Phase.SERVING)
+        return []
+    with Table(programs.netns_fd) as table:
+        return takeover.join(programs, table)
+
+
+def pinned_nodes(options: Options, netns_fd: int | None = None) -> list[str]:
+    """Nodes whose pins are this agent's to remove: its own under any name, and those of namespaces
+    that are gone.
+    """
+    own, cookie = pinned.folder(options.node_name).name, pinned.netns_cookie(netns_fd)
+    return [
+        name
+        for name in pinned.nodes()
+        if name == own or pinned.owner(name) == cookie or pinned.is_abandoned(name)
+    ]
+
+
+class Pins:
+    """What eBPF left on this node: to be removed, or handed over to netfilter."""
+
+    def __init__(self, options: Options, *, hand_over: bool) -> None:
+        self._options = options
+        self._hand_over = hand_over
+
+    def cleanup(self) -> None:
+        """Raises KernelError."""
+        for node in pinned_nodes(self._options):
+            if self._hand_over and not pinned.is_abandoned(node):
+                self._leave(node)
+            pinned.remove(node)
+            event(log, logging.INFO, "removed the eBPF data path", node=node)
+
+    def _leave(self, node: str) -> None:
+        try:
+            with Table() as table:
+                refused = takeover.leave(node, table)
+        except KernelError as error:
+            event(log, logging.WARNING, "connections through Services end with eBPF", error=error)
+            return
+        if refused:
+            event(log, logging.WARNING, "connections that netfilter did not take", count=refused)
 
 
 class EbpfGate:

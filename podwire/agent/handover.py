@@ -1,5 +1,7 @@
 """Taking Services over from kube-proxy: once ours are complete, its rules go.
 
+Whose rules there are at all, also those of our own data paths in netfilter, is told here too.
+
 While both are in the kernel either may translate a new connection, to the same backends.
 Connections that kube-proxy translated go on: conntrack keeps their addresses. What is removed is
 told by kube-proxy's fixed names (kubernetes pkg/proxy/nftables/proxier.go: tables ``kube-proxy``;
@@ -12,17 +14,34 @@ import logging
 import shutil
 
 from podwire.agent.logs import event
+from podwire.datapath.nftables import nodes, policy_rules, services_rules
 from podwire.errors import KernelError
 from podwire.kernel import netns
 from podwire.kernel.iptables import parse_save, targets
-from podwire.kernel.nftables import IP, IP6, NfTables
+from podwire.kernel.nftables import INET, IP, IP6, NfTables
 
 log = logging.getLogger("podwire.agent.handover")
 
 TABLE = "kube-proxy"
+OWN_TABLES = (services_rules.TABLE, policy_rules.TABLE, nodes.TABLE)
+_PREFIXES = ("KUBE-SERVICES", "PODWIRE-")
 # Chains that kubelet or a network plugin owns although they carry the prefix.
 _NOT_KUBE_PROXYS = ("KUBE-KUBELET-CANARY", "KUBE-ROUTER", "KUBE-POD-FW", "KUBE-NWPLCY")
 _TOOLS = ("iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft")
+
+
+def predecessors() -> list[str]:
+    """Whose rules in netfilter serve Services or policies here, in words. Raises KernelError."""
+    found: list[str] = []
+    with NfTables() as nft:
+        for family in (IP, IP6, INET):
+            ours = [name for name in nft.tables(family) if name == TABLE or name in OWN_TABLES]
+            found += [f"nftables table {name}" for name in ours]
+    for tool in _TOOLS:
+        if shutil.which(f"{tool}-save"):
+            saved = netns.run(None, [f"{tool}-save"], timeout_s=60).stdout
+            found += [f"chains of {tool}" for prefix in _PREFIXES if f":{prefix}" in saved]
+    return found
 
 
 def remove_kube_proxy() -> list[str]:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from podwire import __version__
-from podwire.agent import handover, parts, report
 from podwire.agent import node as own_node
+from podwire.agent import parts, report
 from podwire.agent.control import ControlServer
 from podwire.agent.datapaths import DataPath
 from podwire.agent.endpoints import Endpoints, Health
@@ -48,6 +48,7 @@ SNAPSHOT_PERIOD_S = 30.0
 CNI_COMMANDS = frozenset({"ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"})
 _TRIGGER = "endpoints.kubernetes.io/last-change-trigger-time"
 MACHINE_PERIOD_S = 5.0
+FOLLOW_UP_PERIOD_S = 30.0
 
 
 class Agent:
@@ -71,6 +72,8 @@ class Agent:
         self._more_reasons: list[Callable[[], list[str]]] = []
         self._ready = False
         self._restart = False
+        self._alone = False  # no other data path is left
+        self._waits = ""
         self.metrics.registry.register(
             SyncCollector(
                 lambda: self._syncs, lambda: (kind.__name__ for kind, _ in self.store.set_aside)
@@ -157,7 +160,7 @@ class Agent:
         for prepare in built.preparing:
             await prepare()
         self._ready = True
-        await asyncio.to_thread(self._take_over, built)
+        await self._take_over(built.datapath)
         if cni is not None:
             await asyncio.to_thread(cni.start)
             stack.callback(cni.stop)
@@ -166,6 +169,7 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._loop.run())
             group.create_task(self._watch_machine())
+            group.create_task(self._follow_up(built.datapath))
             group.create_task(self._save_objects())
             if "policy" in self.options.parts:
                 group.create_task(
@@ -182,19 +186,25 @@ class Agent:
             for task in built.tasks:
                 group.create_task(task(self))
 
-    def _take_over(self, built: parts.Built) -> None:
-        """Ours is complete: what an earlier data path of ours or kube-proxy left may go."""
-        if any(sync.error for sync in self._syncs):
-            return
+    async def _take_over(self, datapath: DataPath) -> None:
+        """Ours may be complete: then what an earlier data path of ours or kube-proxy left goes."""
+        complete = not any(sync.error for sync in self._syncs)
         try:
-            for name, leftover in built.datapath.others():
-                leftover.cleanup()
-                event(log, logging.DEBUG, "no other data path is left", part=name)
-            if "services" in self.options.parts:
-                handover.remove_kube_proxy()
+            self._alone = await asyncio.to_thread(datapath.take_over, complete)
+            self._waits = "" if self._alone else "another data path serves until ours is complete"
         except PodwireError as error:
-            self._reasons.append(f"leftovers of another data path remain: {error}")
+            self._waits = f"leftovers of another data path remain: {error}"
             event(log, logging.WARNING, "leftovers remain", error=error)
+
+    async def _follow_up(self, datapath: DataPath) -> None:
+        """What could not be done at the start, or must wait for connections to end."""
+        settled = False
+        while not (self._alone and settled):
+            await asyncio.sleep(FOLLOW_UP_PERIOD_S)
+            if not self._alone:
+                await self._take_over(datapath)
+            else:
+                settled = await asyncio.to_thread(datapath.settle)
 
     @staticmethod
     def _reconnect(client: Client) -> Callable[[], Awaitable[list[str]]]:
@@ -320,7 +330,7 @@ class Agent:
 
     def status(self) -> dict[str, Any]:
         """For `podwire status`."""
-        reasons = list(self._reasons)
+        reasons = [*self._reasons, *filter(None, [self._waits])]
         if not self._ready:
             reasons.append("starting: waiting for the API or the own Node object")
         states = self.reflector.states

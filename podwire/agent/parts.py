@@ -9,14 +9,14 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from podwire.agent import ebpf, services_api
 from podwire.agent import node as own_node
 from podwire.agent.admission import Admission
 from podwire.agent.conntrack import ConntrackRoom
 from podwire.agent.control import ControlServer
-from podwire.agent.datapaths import BRIDGE, DataPath, leftovers
+from podwire.agent.datapaths import BRIDGE, DataPath, Removable, leftovers
 from podwire.agent.health import ServiceHealth
 from podwire.agent.loop import Loop
 from podwire.agent.options import Options
@@ -332,12 +332,6 @@ def _mtu(vpc: VpcMode | None, routes: NodeRoutes | None) -> int:
     if vpc is not None:
         return vpc.mtu
     return routes.pod_mtu() if routes is not None else 0
-
-
-class Removable(Protocol):
-    """Something in the kernel that podwire made and can take away whole."""
-
-    def cleanup(self) -> None: ...
 
 
 def all_paths(options: Options) -> Iterator[tuple[str, Removable]]:

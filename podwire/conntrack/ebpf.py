@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from podwire.datapath.ebpf.layout import CONNECTION, FLOW, mapped, unmapped
+from podwire.datapath.ebpf.entries import flow, kernel_entries
 from podwire.datapath.ebpf.programs import Programs
-from podwire.kernel.ctnetlink import Entry, Filter, FlowKey, Status, TcpState, Tuple, Usage
+from podwire.kernel.ctnetlink import Entry, Filter, FlowKey, Usage
 from podwire.kernel.ctnetlink.counting import MOST_KEYS, flow_key
 from podwire.kernel.ctnetlink.filters import EVERYTHING
-from podwire.net import Protocol
-
-_REPLY, _DSR = 2, 16  # connection_flag of bpf/conntrack.h
-_DATA, _FIN, _RST = 2, 4, 8  # connection_state
 
 
 class EbpfSource:
@@ -37,18 +33,7 @@ class EbpfSource:
 
     def entries(self, filter_: Filter = EVERYTHING) -> Iterator[Entry]:
         """The connections that fit, by their original direction."""
-        unanswered = {
-            key
-            for key, value in self._items()
-            if (fields := CONNECTION.unpack(value))[4] & _REPLY and not fields[3]
-        }
-        for key, value in self._items():
-            to, _, _, state, flags = CONNECTION.unpack(value)
-            if flags & _REPLY:
-                continue
-            # with DSR, answers go another way
-            answered = bool(flags & _DSR) or _reversed(to) not in unanswered
-            entry = _entry(key, to, state, answered=answered)
+        for entry, _ in kernel_entries(dict(self._items())):
             if filter_.fits(entry):
                 yield entry
 
@@ -71,59 +56,9 @@ class EbpfSource:
         table = self._programs.growing["connections"].map
         gone = 0
         for entry in entries:
-            gone += table.delete(_key(entry.original))
-            table.delete(_key(entry.reply))
+            gone += table.delete(flow(entry.original))
+            table.delete(flow(entry.reply))
         return gone
 
     def _items(self) -> Iterator[tuple[bytes, bytes]]:
         return self._programs.growing["connections"].map.items()
-
-
-def _entry(key: bytes, to: bytes, state: int, *, answered: bool) -> Entry:
-    original, reply = _tuple(key), _tuple(_reversed(to))
-    status = Status.CONFIRMED
-    if answered:
-        status |= Status.SEEN_REPLY | Status.ASSURED
-    if (reply.source, reply.source_port) != (original.destination, original.destination_port):
-        status |= Status.DST_NAT
-    if (reply.destination, reply.destination_port) != (original.source, original.source_port):
-        status |= Status.SRC_NAT
-    tcp = original.protocol == Protocol.TCP
-    return Entry(original, reply, status, state=_tcp_state(state, answered) if tcp else None)
-
-
-def _tcp_state(state: int, answered: bool) -> TcpState:
-    """The nearest of the kernel's states, from what the client's side has sent."""
-    if state & _RST:
-        return TcpState.CLOSE
-    if state & _FIN:
-        return TcpState.FIN_WAIT
-    if state & _DATA:
-        return TcpState.ESTABLISHED
-    return TcpState.SYN_RECV if answered else TcpState.SYN_SENT
-
-
-def _tuple(packed: bytes) -> Tuple:
-    source, destination, source_port, destination_port, protocol = FLOW.unpack(packed)
-    return Tuple(
-        unmapped(source),
-        unmapped(destination),
-        protocol,
-        int.from_bytes(source_port, "big"),
-        int.from_bytes(destination_port, "big"),
-    )
-
-
-def _key(direction: Tuple) -> bytes:
-    return FLOW.pack(
-        mapped(direction.source),
-        mapped(direction.destination),
-        direction.source_port.to_bytes(2, "big"),
-        direction.destination_port.to_bytes(2, "big"),
-        direction.protocol,
-    )
-
-
-def _reversed(packed: bytes) -> bytes:
-    source, destination, source_port, destination_port, protocol = FLOW.unpack(packed)
-    return FLOW.pack(destination, source, destination_port, source_port, protocol)

@@ -59,6 +59,9 @@ ENUMS = {
     "network_flag": ("NETWORK_", layout.NetworkFlag),
     "rule_verdict": ("RULE_", layout.RuleVerdict),
     "detect_local": ("DETECT_", layout.DetectBy),
+    "phase": ("PHASE_", layout.Phase),
+    "connection_flag": ("CONNECTION_", layout.ConnectionFlag),
+    "connection_state": ("STATE_", layout.ConnectionState),
     "collect_mode": ("COLLECT_", layout.CollectMode),
 }
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LIMIT = 2 << 20
 """Entries beyond which the table does not grow: 1,048,576 connections, as kube-proxy's cap."""
+_LOCAL_SOME = 1  # enum local_entries of bpf/conntrack.h
 _CURRENT, _RETIRING = NUMBER.pack(0), NUMBER.pack(1)
 ESTABLISHED_S = 86400  # kube-proxy's --conntrack-tcp-timeout-established
 DATAGRAM_S = 120
@@ -73,7 +74,7 @@ class Connections:
 
         Raises KernelError when the kernel refuses a larger table; the present one goes on.
         """
-        self._finish_move()
+        self.finish_move()
         self._forget_departed()
         done = self.expire()
         if 4 * self.held > 3 * self.capacity and self.capacity < self._most:
@@ -94,10 +95,20 @@ class Connections:
         larger = growing.make(capacity)
         outer.update(_RETIRING, NUMBER.pack(growing.map.fd))
         old = growing.exchange(larger)
-        self._finish_move()
+        self.finish_move()
         old.close()
 
-    def _finish_move(self) -> None:
+    def add(self, entries: Mapping[bytes, bytes]) -> None:
+        """Write entries that are not there yet, making room for them."""
+        table = self._programs.growing["connections"]
+        known = {key for key, _ in table.map.items()}
+        room = len(known | entries.keys())
+        if 4 * room > 3 * self.capacity and self.capacity < self._most:
+            self.grow(min(self._most, 2 * max(room, self.capacity)))
+        table.map.update_batch((key, value) for key, value in entries.items() if key not in known)
+        self._programs.maps["local_entries"].update(_CURRENT, NUMBER.pack(_LOCAL_SOME))
+
+    def finish_move(self) -> None:
         """Empty the smaller table: of this process, or of one that ended in the middle."""
         outer = self._programs.maps["connections"]
         if outer.lookup(_RETIRING) is not None:

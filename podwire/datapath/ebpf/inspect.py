@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from podwire.datapath.ebpf import pinned
 from podwire.datapath.ebpf.layout import NUMBER
 from podwire.datapath.ebpf.programs import outcomes
 from podwire.kernel import link as links
@@ -111,17 +112,12 @@ def link_states(place: Place) -> Iterator[LinkState]:
 
 def layout(place: Place) -> int:
     """The version of the maps' layout; 0: no maps."""
-    found = pins.open_map(place.folder / "layout")
-    if found is None:
-        return 0
-    version = NUMBER.unpack(found.lookup(NUMBER.pack(0)) or bytes(4))[0]
-    found.close()
-    return version
+    return next(iter(pinned.layouts(place.folder)), 0)
 
 
 def map_states(place: Place) -> Iterator[MapState]:
     """How full the maps are; of maps that grow, the one in force."""
-    folder = place.folder / "maps"
+    folder = pinned.maps_folder(place.folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         outer = pins.open_map(path)
         if outer is None:
@@ -172,7 +168,7 @@ def program_states(place: Place, watch_s: float) -> list[ProgramState]:
 
 def node_outcomes(place: Place) -> dict[str, int]:
     """Packets by what became of them."""
-    counters = pins.open_map(place.folder / "maps" / "counters")
+    counters = pins.open_map(pinned.maps_folder(place.folder) / "counters")
     if counters is None:
         return {}
     try:

@@ -22,7 +22,7 @@ BACKEND = struct.Struct("=16s2sHI")  # address, port, flags, service
 MEMBER_KEY = struct.Struct("=16sI2sH")  # address, service, port, list
 RANGE_KEY = struct.Struct("=II16s")  # length, service, address
 PREFIX_KEY = struct.Struct("=I4x16s")  # length (32 more than the prefix), address
-SETTINGS = struct.Struct("=16s16sII")  # node's IPv4 and IPv6, detect_local, overlay's interface
+SETTINGS = struct.Struct("=16s16sIII4x")  # node's IPv4, IPv6, detect_local, overlay, phase
 FLOW = struct.Struct("=16s16s2s2sB3x")  # source, destination, their ports, protocol
 CONNECTION = struct.Struct("=40sIIBB6x")  # to, seen_s, service, state, flags
 INTERFACE = struct.Struct("=16s16sI6s6x")  # addresses, flags, mac
@@ -107,6 +107,34 @@ class DetectBy(IntEnum):
     NONE = 0
     CIDR = 1
     INTERFACE = 2
+
+
+class Phase(IntEnum):
+    """Of taking over from another data path, or of handing over to one; bpf/takeover.h."""
+
+    SERVING = 0
+    WAITING = 1
+    JOINING = 2
+    LEAVING = 3
+    MOVING = 4
+
+
+class ConnectionFlag(IntFlag):
+    TRANSLATED = 1
+    REPLY = 2
+    STACK = 4
+    LOCAL = 8
+    DSR = 16
+    LED = 32
+
+
+class ConnectionState(IntFlag):
+    """What one direction has sent."""
+
+    SEEN = 1
+    DATA = 2
+    FIN = 4
+    RST = 8
 
 
 BACKEND_THIS_NODE = 1

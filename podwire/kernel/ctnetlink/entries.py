@@ -16,6 +16,9 @@ NFGENMSG = struct.Struct(">BBH")  # family, version, resource id
 _U16 = struct.Struct(">H")
 _U32 = struct.Struct(">I")
 _U64 = struct.Struct(">Q")
+_UNTRACKED_SO_FAR = b"\x0a"
+"""IP_CT_TCP_FLAG_SACK_PERM and _BE_LIBERAL, as the kernel sets them on what it picks up in its
+middle: nothing is known of the windows, and no packet is invalid for being outside of one."""
 
 
 class Message(IntEnum):
@@ -328,8 +331,9 @@ def create_request(entry: Entry) -> netlink.Request:
     if entry.labels:
         body += netlink.attr(Attribute.LABELS, entry.labels.to_bytes(16, "little"))
     if original.protocol == Protocol.TCP:
-        state = entry.state or TcpState.NONE
-        body += netlink.nest(Attribute.PROTOINFO, netlink.nest(1, netlink.u8(1, state)))
+        state = netlink.u8(1, entry.state or TcpState.NONE)
+        flags = b"".join(netlink.attr(kind, _UNTRACKED_SO_FAR * 2) for kind in (4, 5))
+        body += netlink.nest(Attribute.PROTOINFO, netlink.nest(1, state, flags))
     flags = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
     return netlink.Request(Message.NEW, flags, body, "make a connection table entry")
 

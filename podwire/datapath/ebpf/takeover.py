@@ -1,0 +1,125 @@
+"""From netfilter to eBPF and back under traffic: no connection breaks, nothing is let through.
+
+There: our maps are complete and hold the connections of the kernel's table before the first packet
+is ours. Then all are, but for those of connections that the kernel has and we lack (begun since the
+table was read); no more of these begin, so a second reading finds the last. Connections with a
+process of the node at one end stay with netfilter (`entries.pairs`).
+
+Back: netfilter's rules are complete. We begin no more connections, write ours into the kernel's
+table, and from one packet to the next all packets are netfilter's.
+"""
+
+from __future__ import annotations
+
+import time
+
+from podwire.datapath.ebpf import entries, pinned
+from podwire.datapath.ebpf.connections import DATAGRAM_S, ESTABLISHED_S
+from podwire.datapath.ebpf.entries import Node
+from podwire.datapath.ebpf.layout import NUMBER, SETTINGS, ConnectionFlag, Phase, unmapped
+from podwire.datapath.ebpf.pinned import PinnedMaps
+from podwire.datapath.ebpf.programs import Programs
+from podwire.kernel import address
+from podwire.kernel.ctnetlink import Entry, Table, TcpState
+from podwire.kernel.netlink import NetlinkSocket
+from podwire.net import Protocol
+
+# what it has already, and what it could not send back by another way than it came
+_NOT_FOR_NETFILTER = ConnectionFlag.STACK | ConnectionFlag.DSR | ConnectionFlag.LED
+_FIRST = NUMBER.pack(0)
+_ENDING_S = 120
+_TRIES = 3
+
+
+def join(programs: Programs, table: Table) -> list[Entry]:
+    """Put programs whose maps are complete in force beside netfilter's rules, which may go then.
+
+    Returns the kernel's entries that are ours alone now. After a process died over it: goes on.
+    """
+    with programs.lock:
+        if programs.phase is Phase.SERVING:
+            return []
+        if programs.phase is not Phase.JOINING:
+            programs.attach(Phase.WAITING)
+            # the pods' sockets have told of their connections (Programs.adopt_connections), but
+            # not what netfilter makes of them
+            programs.connections.clear()
+            _bring(programs, table)
+            programs.set_phase(Phase.JOINING)
+        programs.growing["connections"].settle()  # nothing is under way through netfilter any more
+        carried = _bring(programs, table)
+        programs.set_phase(Phase.SERVING)
+        return carried
+
+
+def _bring(programs: Programs, table: Table) -> list[Entry]:
+    with NetlinkSocket(netns_fd=programs.netns_fd) as netlink:
+        own = frozenset(each.address for each in address.dump(netlink))
+    pods = [*programs.maps["endpoints"].items(), *programs.growing["subjects"].map.items()]
+    node = Node(
+        own,
+        frozenset(unmapped(key) for key, _ in pods),
+        entries.services(programs.growing["frontends"].read()),
+    )
+    now_s = int(time.clock_gettime(time.CLOCK_MONOTONIC))
+    found = list(table.entries())
+    programs.connections.add(
+        {key: value for entry in found for key, value in entries.pairs(entry, node, now_s)}
+    )
+    return [entry for entry in found if entries.is_carried(entry, node)]
+
+
+def leave(node: str, table: Table) -> int:
+    """Hand over to netfilter, whose rules are complete, and remove everything of ours.
+
+    Returns how many of the connections of `node` the kernel did not take.
+
+    Raises KernelError, also for maps of another layout: nothing is removed then.
+    """
+    with PinnedMaps(node) as maps:
+        _set_phase(maps, Phase.LEAVING)
+        found = [
+            entry._replace(timeout_s=_timeout_s(entry))
+            for entry, flags in entries.kernel_entries(dict(maps.items("connections")))
+            if entry.original.protocol in entries.PROTOCOLS
+            and entry.state != TcpState.CLOSE
+            and not flags & _NOT_FOR_NETFILTER
+        ]
+        refused = _make(table, found)
+        _set_phase(maps, Phase.WAITING)
+    pinned.remove(node)
+    return refused
+
+
+def _make(table: Table, wanted: list[Entry]) -> int:
+    """Make entries in the place of any that are in their way; how many the kernel refused.
+
+    In the way are old ones of the same connection, and what the kernel made of the packets that it
+    saw behind our programs; it may do so again before ours is there.
+    """
+    refused = 0
+    for _ in range(_TRIES):
+        table.delete_entries(wanted)
+        table.delete_entries(Entry(each.reply, each.reply.reversed()) for each in wanted)
+        refused = len(table.create(wanted))
+        if not refused:
+            break
+    return refused
+
+
+def _timeout_s(entry: Entry) -> int:
+    if entry.original.protocol == Protocol.UDP:
+        return DATAGRAM_S
+    return ESTABLISHED_S if entry.state in (TcpState.ESTABLISHED, None) else _ENDING_S
+
+
+def _set_phase(maps: PinnedMaps, phase: Phase) -> None:
+    """For all programs at once; returns when no packet is under way in another phase."""
+    settings = maps["settings"]
+    held = settings.lookup(_FIRST) or bytes(SETTINGS.size)
+    settings.update(_FIRST, SETTINGS.pack(*SETTINGS.unpack(held)[:-1], phase))
+    connections = maps["connections"]
+    current = connections.inner(_FIRST)
+    if current is not None:  # the kernel waits for a grace period when a slot is written
+        connections.update(_FIRST, NUMBER.pack(current.fd))
+        current.close()
