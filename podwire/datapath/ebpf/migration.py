@@ -27,6 +27,7 @@ STEPS: Mapping[int, Mapping[str, Convert | None]] = {}
 """By the version that is left: the maps that the next one changed. None: made anew, empty, for the
 parts to fill from their tables. A function converts: `connections` and `affinities`, which no table
 knows, and `frontends`, whose numbers those two refer to."""
+_OWN = {"settings"}  # the phase of the newer programs is none of the older ones'
 
 
 class Migration:
@@ -58,18 +59,24 @@ class Migration:
         if not self._chain:
             return {}
         folder = pinned.layouts(self._folder)[self._chain[0]]
-        return {path.name: path for path in folder.iterdir() if path.name not in self._changed}
+        own = self._changed | _OWN
+        return {path.name: path for path in folder.iterdir() if path.name not in own}
+
+    @property
+    def converted(self) -> set[str]:
+        """Maps whose entries come along although they changed."""
+        steps = [STEPS.get(step, {}) for step in self._chain]
+        return {n for n in self._changed if all(each.get(n, _same) is not None for each in steps)}
 
     def convert(self, name: str) -> dict[bytes, bytes]:
         """The entries of an older map as our layout has them; none where it is made anew."""
-        steps = [STEPS.get(step, {}).get(name, _same) for step in self._chain]
-        if name not in self._changed or None in steps:
+        if name not in self.converted:
             return {}
+        steps = [STEPS.get(step, {}).get(name) or _same for step in self._chain]
         found = pins.open_map(pinned.layouts(self._folder)[self._chain[0]] / name)
         entries = _entries(found) if found is not None else {}
         for step in steps:
-            if step is not None:
-                entries = dict(step(key, value) for key, value in entries.items())
+            entries = dict(step(key, value) for key, value in entries.items())
         return entries
 
     def finish(self) -> None:

@@ -75,6 +75,7 @@ _GROWING = {  # name: kind, key and value size, entries to begin with
     "tags": (MapType.HASH, 4, 4, 256),
     "connections": (MapType.HASH, FLOW.size, CONNECTION.size, 65536),
 }
+_MADE_BY_PROGRAMS = {"connections", "affinities"}
 
 
 def missing() -> list[str]:
@@ -379,6 +380,8 @@ class Programs:
             if name in self.growing:
                 self.growing[name].map.close()
             self.growing[name] = GrowingMap(name, self.maps[name], kind, key, value, size)
+        for name in self._migration.converted - _MADE_BY_PROGRAMS:
+            self.growing[name].replace(self._migration.convert(name))
         self._resume()
         if not found:
             self.set_phase(Phase.WAITING)
