@@ -62,6 +62,7 @@
 /* What programs may read of the kernel's own structures. */
 struct net_device {
 	unsigned long priv_flags : 32;
+	unsigned short type;
 } __attribute__((preserve_access_index));
 
 struct sk_buff {

@@ -424,12 +424,37 @@ int from_pod(struct __sk_buff *ctx)
 
 #define IFF_BRIDGE_PORT (1 << 9)
 
-static __always_inline bool is_bridge_port(struct __sk_buff *ctx)
+static __always_inline struct net_device *device_of(struct __sk_buff *ctx)
 {
 	struct sk_buff *skb = bpf_cast_to_kern_ctx(ctx);
-	struct net_device *device = skb->dev;
+
+	return skb->dev;
+}
+
+static __always_inline bool is_bridge_port(struct __sk_buff *ctx)
+{
+	struct net_device *device = device_of(ctx);
 
 	return device && BPF_CORE_READ_BITFIELD(device, priv_flags) & IFF_BRIDGE_PORT;
+}
+
+#define ARPHRD_ETHER 1
+#define ARPHRD_LOOPBACK 772
+
+static __always_inline bool has_ethernet(struct __sk_buff *ctx)
+{
+	struct net_device *device = device_of(ctx);
+
+	return !device || device->type == ARPHRD_ETHER || device->type == ARPHRD_LOOPBACK;
+}
+
+/* Tunnels and the like carry bare IP packets. Here they get an Ethernet header, so that all is where it
+ * always is; the kernel takes it off again where it sends on a packet that we redirect. */
+static __always_inline long wrap(struct __sk_buff *ctx)
+{
+	__u16 protocol = ctx->protocol;
+
+	return bpf_skb_change_head(ctx, ETH_HLEN, 0) || store_bytes(ctx, 12, &protocol, 2);
 }
 
 /* What the link carries for others (a capture makes it promiscuous), and what belongs to a VLAN of the
@@ -441,6 +466,8 @@ int from_network(struct __sk_buff *ctx)
 	if ((ctx->pkt_type != PACKET_HOST && !is_bridge_port(ctx)) ||
 	    (ctx->vlan_present && ctx->vlan_tci & VLAN_ID))
 		return TCX_NEXT;
+	if (!has_ethernet(ctx) && wrap(ctx))
+		return TCX_DROP;
 	return walk(ctx, PLACE_NETWORK);
 }
 
@@ -451,10 +478,17 @@ int from_network(struct __sk_buff *ctx)
 SEC("tc")
 int from_node(struct __sk_buff *ctx)
 {
+	int verdict;
+
 	if (ctx->ingress_ifindex || ctx->tc_index == WALKED || ctx->tc_index == TUNNELLED)
 		return TCX_NEXT;
 	ctx->tc_index = WALKED;
-	return walk(ctx, PLACE_NODE);
+	if (has_ethernet(ctx))
+		return walk(ctx, PLACE_NODE);
+	if (wrap(ctx))
+		return TCX_DROP;
+	verdict = walk(ctx, PLACE_NODE);
+	return verdict == TCX_NEXT ? bpf_redirect(ctx->ifindex, 0) : verdict;
 }
 
 /* Ahead of from_network on the device between nodes. */

@@ -3,6 +3,7 @@
 import array
 import fcntl
 import os
+import select
 import socket
 import struct
 
@@ -576,3 +577,75 @@ def test_a_question_and_its_answer_are_soon_forgotten_and_a_stream_is_not(node):
     assert node.programs.connections.expire().removed == 0
     grow_older(node, 90)
     assert node.programs.connections.expire().removed == 2
+
+
+# --- interfaces without Ethernet -----------------------------------------------------------------
+
+
+class Tunnel:
+    """A tun device of the node: what the world sends is written to it, what it gets is read."""
+
+    def __init__(self, node):
+        self.node, space = node, node.world.spaces["node"]
+        self.fd = netns.call(space, self._open)
+        node.world.batch(
+            space,
+            "link set tun0 up",
+            "addr add 192.168.99.1/24 dev tun0",
+            "addr add fd99::1/64 dev tun0 nodad",
+            f"route add {CLIENT[4]} dev tun0",
+            f"route add {CLIENT[6]} dev tun0",
+        )
+        node.programs.sync_links()
+
+    def _open(self):
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        request = struct.pack("16sH22x", b"tun0", 0x1001)  # IFF_TUN | IFF_NO_PI
+        fcntl.ioctl(fd, 0x400454CA, request)  # TUNSETIFF
+        return fd
+
+    def ask(self, packet):
+        """The next packet for CLIENT after this one, or None."""
+        os.write(self.fd, packet)
+        return self.read()
+
+    def read(self):
+        while select.select([self.fd], [], [], 0.5)[0]:
+            wire = packets.parse(os.read(self.fd, 2000))
+            if wire.destination in CLIENT.values():
+                return wire
+        return None
+
+
+@pytest.fixture
+def tunnel(node):
+    if not os.path.exists("/dev/net/tun"):
+        pytest.skip("no /dev/net/tun")
+    made = Tunnel(node)
+    yield made
+    os.close(made.fd)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_services_and_policies_hold_where_there_is_no_ethernet(node, tunnel, family):
+    node.world.serve("pod1", POD[1][family], 8053, socket.SOCK_DGRAM)
+    node.world.serve("node", NODE[family], 8053, socket.SOCK_DGRAM)
+    backend = {"family": family, "protocol": Protocol.UDP, "external_local": True}
+    to_pod = packets.first(CLIENT[family], POD[1][family], Protocol.UDP, (7000, 8053), 1)
+    to_port = packets.first(CLIENT[family], NODE[family], Protocol.UDP, (7000, 30080), 1)
+    refused = packets.first(CLIENT[family], NODE[family], Protocol.UDP, (7000, 30081), 1)
+    for server in (POD[1], NODE):
+        port = make_port("web", 80, [server[family]], local=[server[family]], **backend)
+        eighty_fifty_three = tuple(b[:-2] + (8053).to_bytes(2, "big") for b in port.local)
+        node.serve(
+            msgspec.structs.replace(port, local=eighty_fifty_three, cluster=eighty_fifty_three),
+            make_port("none", 81, [], family=family, protocol=Protocol.UDP),
+        )
+        answer = tunnel.ask(to_port)
+        assert (answer.source, answer.source_port) == (NODE[family], 30080)
+        assert answer.payload[8:].decode().split() == [server[family], CLIENT[family]]
+        assert tunnel.ask(refused).is_error
+    assert tunnel.ask(to_pod).source == POD[1][family]
+    node.enforce(ISOLATED)
+    assert tunnel.ask(to_pod) is None
+    node.enforce()
