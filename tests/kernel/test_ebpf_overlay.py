@@ -86,17 +86,27 @@ class Overlay(World):
         super().__init__()
         self.underlay = underlay
         self.store = Store()
-        self.routes = NodeRoutes(self.spaces["node"], guard=lambda: self.programs.sync_links())
         self.programs = Programs(self.name, self.spaces["node"])
+        self.routes = NodeRoutes(self.spaces["node"], guard=self.programs.sync_links)
+        self._closing.callback(self.routes.close)
+        self._closing.callback(self.programs.close)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.__exit__)
+            self._set_up_node()
+            self._set_up_other(underlay)
+            undo.pop_all()
+
+    def _set_up_node(self):
         self.programs.enable("services", "policy", "pods", "masquerade", "overlay")
         self.services = ServicesPart(programs=self.programs)
         self.policies = PolicyPart(programs=self.programs)
         self.tunnels = OverlayPart(self.programs)
         self.nodes = NodesPart(self.programs)
-        self.parts = (self.services, self.policies, self.tunnels, self.nodes)
         self._pods()
         self.route_compiler = RouteCompiler("node", "vxlan")
         self.policy_compiler = PolicyCompiler("node", overlay=True)
+
+    def _set_up_other(self, underlay):
         system = {"metadata": {"name": "kube-system", "uid": CLUSTER}}
         for each in (system, {"metadata": {"name": "x"}}):
             self.store.put(msgspec.convert(each, Namespace))
@@ -230,8 +240,6 @@ def world(request):
             made.serve("outside", REMOTE[family], 81)
             made.serve("pod1", POD[1][family], OVERLAY_PORTS["vxlan"], socket.SOCK_DGRAM)
         yield made
-        made.programs.close()
-        made.routes.close()
 
 
 @pytest.fixture(autouse=True)

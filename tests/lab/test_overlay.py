@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -120,7 +120,7 @@ def serves(lab: Lab, node: str) -> set[str]:
 
 
 class Traffic:
-    """One connection from node to node that stays open, and new ones all the time."""
+    """A connection that stays open, new ones all the time, and datagrams that must not pass."""
 
     def __init__(self, lab: Lab, stack: ExitStack) -> None:
         self._client = lab.netns_fd("client")
@@ -130,6 +130,11 @@ class Traffic:
         stack.callback(self._kept.close)
         self._kept.settimeout(10)
         self._kept.connect((self._pod, 80))
+        stranger = lab.netns_fd("stranger")
+        stack.callback(os.close, stranger)
+        self._stranger = netns.socket(stranger, socket.AF_INET, socket.SOCK_DGRAM)
+        stack.callback(self._stranger.close)
+        self._stranger.setblocking(False)
         self.asked = 0
         self.wrong: list[str] = []
         self._ended = threading.Event()
@@ -151,6 +156,9 @@ class Traffic:
             self.asked += 1
             if answer.outcome != "ok":
                 self.wrong.append(answer.outcome)
+            self._stranger.sendto(b"who", (self._pod, 53))
+            with suppress(BlockingIOError):
+                self.wrong.append(f"the stranger got {self._stranger.recv(100)!r}")
 
 
 @pytest.fixture
@@ -175,7 +183,7 @@ def test_a_node_port_leads_to_the_other_node_and_back(lab: Lab) -> None:
 
 
 def test_nodes_on_different_data_paths_understand_each_other(lab: Lab, traffic: Traffic) -> None:
-    """Node by node to nftables and back, under traffic: no connection is lost."""
+    """Node by node to nftables and back, under traffic: nothing is lost or let through."""
     for node, datapath in (
         ("node2", "nftables"),
         ("node1", "nftables"),
