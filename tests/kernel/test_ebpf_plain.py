@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from podwire.datapath.ebpf import programs
+from podwire.datapath.ebpf import pinned
 from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.policy import PolicyPart
@@ -184,7 +184,7 @@ def test_datagrams_are_noted_also_without_policies(world):
 
 
 def test_a_kernel_without_the_iterator_notes_all(monkeypatch):
-    monkeypatch.setitem(programs._NEEDS, "adopt", "no_such_function")
+    monkeypatch.setitem(pinned._NEEDS, "adopt", "no_such_function")
     with World() as world:
         start(world)
         populate(world)
