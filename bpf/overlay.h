@@ -30,7 +30,7 @@ struct tunnel {
 };
 
 GROWING_MAP(tunnels, 1, BPF_MAP_TYPE_LPM_TRIE, struct prefix_key, struct tunnel, BPF_F_NO_PREALLOC);
-GROWING_MAP(tags, 1, BPF_MAP_TYPE_HASH, __u32, __u32, BPF_F_NO_PREALLOC);
+GROWING_MAP(tags, 2, BPF_MAP_TYPE_HASH, __u32, __u32, BPF_F_NO_PREALLOC);
 
 /* Where keys are made and look-ups spelled: the stack is full. */
 struct tunnel_scratch {
@@ -91,7 +91,8 @@ static __always_inline __u32 overlay_device(void)
 static __always_inline long set_key(struct __sk_buff *ctx, const struct tunnel *tunnel,
 				    const struct address *source)
 {
-	struct subject *sender = find_subject(source);
+	__u32 slot = policy_slot();
+	struct subject *sender = find_subject(&slot, source);
 	struct tunnel_scratch *s = current_scratch();
 
 	if (!s)
@@ -146,7 +147,7 @@ static __always_inline long find_tunnel_route(struct __sk_buff *ctx, struct bpf_
 }
 
 /* The identity of who sent the packet: by what its own node says, otherwise by its address. */
-__noinline int find_sender(struct __sk_buff *ctx, const struct address *source)
+__noinline int find_sender(struct __sk_buff *ctx, const struct address *source, __u32 slot)
 {
 	struct address node;
 	__u32 tag, *found;
@@ -156,12 +157,12 @@ __noinline int find_sender(struct __sk_buff *ctx, const struct address *source)
 		return 0;
 	if (with_overlay && ctx->ifindex == overlay_device() && read_key(ctx, &node, &tag) &&
 	    tag >= TAG_FIRST) {
-		map = current_map(&tags);
+		map = bpf_map_lookup_elem(&tags, &slot);
 		found = map ? bpf_map_lookup_elem(map, &tag) : NULL;
 		if (found)
 			return *found;
 	}
-	return find_identity(source);
+	return find_identity(&slot, source);
 }
 
 /* Source, destination and protocol, all of the packet that the overlay looks at. */

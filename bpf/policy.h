@@ -9,6 +9,7 @@
 
 #include "address.h"
 #include "events.h"
+#include "service.h"
 
 struct identity_key {
 	__u32 length; /* 32 and the prefix's */
@@ -43,9 +44,11 @@ struct subject {
 	__u32 tag;
 };
 
-GROWING_MAP(identities, 1, BPF_MAP_TYPE_LPM_TRIE, struct identity_key, __u32, BPF_F_NO_PREALLOC);
-GROWING_MAP(rules, 1, BPF_MAP_TYPE_LPM_TRIE, struct rule_key, struct rule, BPF_F_NO_PREALLOC);
-GROWING_MAP(subjects, 1, BPF_MAP_TYPE_HASH, struct address, struct subject, BPF_F_NO_PREALLOC);
+/* Rule sets and identities have numbers that an agent that starts gives out anew. It writes all of these
+ * maps into their other slot and then changes `settings.policies`; a packet is judged by one slot. */
+GROWING_MAP(identities, 2, BPF_MAP_TYPE_LPM_TRIE, struct identity_key, __u32, BPF_F_NO_PREALLOC);
+GROWING_MAP(rules, 2, BPF_MAP_TYPE_LPM_TRIE, struct rule_key, struct rule, BPF_F_NO_PREALLOC);
+GROWING_MAP(subjects, 2, BPF_MAP_TYPE_HASH, struct address, struct subject, BPF_F_NO_PREALLOC);
 
 /* First packets of connections by ruling. User space makes the entries. */
 struct {
@@ -58,24 +61,32 @@ struct {
 
 const volatile bool with_policy = false;
 
-static __always_inline struct subject *find_subject(const struct address *address)
+static __always_inline __u32 policy_slot(void)
 {
-	void *map = current_map(&subjects);
+	const struct settings *current = current_settings();
+
+	return current ? current->policies : 0;
+}
+
+static __always_inline struct subject *find_subject(const __u32 *slot, const struct address *address)
+{
+	void *map = bpf_map_lookup_elem(&subjects, slot);
 
 	return map ? bpf_map_lookup_elem(map, address) : NULL;
 }
 
-static __always_inline __u32 find_identity(const struct address *address)
+static __always_inline __u32 find_identity(const __u32 *slot, const struct address *address)
 {
 	struct identity_key key = { .length = 160, .address = *address };
-	void *map = current_map(&identities);
+	void *map = bpf_map_lookup_elem(&identities, slot);
 	__u32 *found = map ? bpf_map_lookup_elem(map, &key) : NULL;
 
 	return found ? *found : 0;
 }
 
 /* What `rule_set` says; NULL: nothing is known of it, which denies. */
-static __always_inline struct rule *find_rule(__u32 rule_set, __u32 identity, const struct flow *flow)
+static __always_inline struct rule *find_rule(const __u32 *slot, __u32 rule_set, __u32 identity,
+					      const struct flow *flow)
 {
 	bool ports = flow->protocol != IPPROTO_ICMP && flow->protocol != IPPROTO_ICMPV6;
 	struct rule_key key = {
@@ -85,7 +96,7 @@ static __always_inline struct rule *find_rule(__u32 rule_set, __u32 identity, co
 		.protocol = flow->protocol,
 		.port = ports ? flow->destination_port : 0,
 	};
-	void *map = current_map(&rules);
+	void *map = bpf_map_lookup_elem(&rules, slot);
 	struct rule *found;
 
 	if (!map)
@@ -107,10 +118,10 @@ static __always_inline void count_ruling(__u64 ruling)
 
 /* Whether one direction lets the first packet of `flow` pass, the other end being `identity`; what it
  * refuses is reported. */
-static __always_inline bool is_allowed(__u32 interface, __u32 rule_set, __u32 identity,
+static __always_inline bool is_allowed(__u32 interface, const __u32 *slot, __u32 rule_set, __u32 identity,
 				       const struct flow *flow, bool egress)
 {
-	struct rule *rule = find_rule(rule_set, identity, flow);
+	struct rule *rule = find_rule(slot, rule_set, identity, flow);
 	enum reason reason;
 	struct event *event;
 

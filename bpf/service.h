@@ -157,7 +157,7 @@ struct settings {
 	__u32 detect_local;
 	__u32 overlay; /* index of the device between nodes; 0: none, or not ready */
 	__u32 phase;
-	__u32 pad;
+	__u32 policies; /* the slot of the policy maps in force */
 };
 
 struct {

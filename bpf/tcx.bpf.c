@@ -102,19 +102,22 @@ __noinline int translate(struct __sk_buff *ctx, struct work *w, int place)
 static __always_inline bool is_permitted(struct __sk_buff *ctx, struct work *w, enum place place,
 					 bool *tracked)
 {
-	struct subject *from = place == PLACE_NODE ? NULL : find_subject(&w->to.source);
-	struct subject *to = find_subject(&w->to.destination);
+	__u32 slot = policy_slot();
+	struct subject *from = place == PLACE_NODE ? NULL : find_subject(&slot, &w->to.source);
+	struct subject *to = find_subject(&slot, &w->to.destination);
+	__u32 concerned = from ? 1 : 0;
 
-	if (from)
-		*tracked = true;
-	asm volatile("" ::: "memory"); /* or the compiler ors two pointers, which no verifier takes */
+	asm volatile("" : "+r"(concerned)); /* or the compiler ors two pointers, which no verifier takes */
 	if (to)
-		*tracked = true;
+		concerned = 1;
+	*tracked = concerned;
 	if (from && from->egress &&
-	    !is_allowed(ctx->ifindex, from->egress, find_identity(&w->to.destination), &w->to, true))
+	    !is_allowed(ctx->ifindex, &slot, from->egress, find_identity(&slot, &w->to.destination), &w->to,
+			true))
 		return false;
 	if (to && to->ingress && place != PLACE_NODE &&
-	    !is_allowed(ctx->ifindex, to->ingress, find_sender(ctx, &w->to.source), &w->to, false))
+	    !is_allowed(ctx->ifindex, &slot, to->ingress, find_sender(ctx, &w->to.source, slot), &w->to,
+			false))
 		return false;
 	return true;
 }

@@ -1,27 +1,36 @@
-"""Maps that grow: an outer array of maps whose slot 0 holds the map in force."""
+"""Maps that grow: an outer array of maps, one slot of which holds the map in force."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from podwire.datapath.ebpf.layout import NUMBER
 from podwire.errors import KernelError
 from podwire.kernel.bpf import Map, MapFlag, MapType
 
-_CURRENT = NUMBER.pack(0)
-
 
 class GrowingMap:
-    """The map in force behind `outer`, made at first use with room for `capacity` entries."""
+    """The map in force behind `outer`, made at first use with room for `capacity` entries.
+
+    It is in slot `slot`.
+    """
 
     def __init__(
-        self, name: str, outer: Map, type: MapType, key: int, value: int, capacity: int
+        self,
+        name: str,
+        outer: Map,
+        type: MapType,
+        key: int,
+        value: int,
+        capacity: int,
+        slot: int = 0,
     ) -> None:
         self.name = name
+        self._slot = NUMBER.pack(slot)
         self._outer = outer
         self._shape = (type, key, value)
         self._flags = MapFlag.INNER_MAP if type == MapType.ARRAY else MapFlag.NO_PREALLOC
-        found = outer.inner(_CURRENT)
+        found = outer.inner(self._slot)
         self.map = found or self.make(capacity)
         if found is None:
             self._put()
@@ -51,6 +60,26 @@ class GrowingMap:
         old, self.map = self.map, new
         self._put()
         return old
+
+    def stage(self, slot: int, entries: Mapping[bytes, bytes]) -> Callable[[], None]:
+        """Put a map with these entries into another slot, for programs to turn to.
+
+        Returns what makes it the one in force, and forgets the other.
+        """
+        new = self.make(max(self.capacity, len(entries) + len(entries) // 4))
+        try:
+            new.update_batch(entries.items())
+            self._outer.update(NUMBER.pack(slot), NUMBER.pack(new.fd))
+        except KernelError:
+            new.close()
+            raise
+
+        def commit() -> None:
+            self._outer.delete(self._slot)
+            self.map.close()
+            self.map, self._slot, self._count = new, NUMBER.pack(slot), len(entries)
+
+        return commit
 
     def write(self, entries: Mapping[bytes, bytes], added: int) -> None:
         """Write entries, of which `added` have keys that the map does not hold yet."""
@@ -92,4 +121,4 @@ class GrowingMap:
         return Map.create(*self._shape, capacity, flags=self._flags, name=self.name)
 
     def _put(self) -> None:
-        self._outer.update(_CURRENT, NUMBER.pack(self.map.fd))
+        self._outer.update(self._slot, NUMBER.pack(self.map.fd))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from podwire.datapath.ebpf import pinned
-from podwire.datapath.ebpf.layout import NUMBER
 from podwire.datapath.ebpf.programs import outcomes
 from podwire.kernel import link as links
 from podwire.kernel import netns
@@ -123,7 +122,8 @@ def map_states(place: Place) -> Iterator[MapState]:
         if outer is None:
             continue
         grows = outer.info.type == MapType.ARRAY_OF_MAPS
-        inner = outer.inner(NUMBER.pack(0)) if grows else outer
+        slot = next((slot for slot, _ in outer.items()), b"") if grows else b""
+        inner = outer.inner(slot) if slot else None if grows else outer
         if inner is not None:
             yield _map_state(place.node, path.name, inner, grows)
             inner.close()

@@ -10,7 +10,7 @@ from enum import IntEnum, IntFlag
 
 from podwire.net import Address
 
-VERSION = 3
+VERSION = 4
 """Of the maps that outlive a process; raised when one of them changes its meaning."""
 
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -22,7 +22,7 @@ BACKEND = struct.Struct("=16s2sHI")  # address, port, flags, service
 MEMBER_KEY = struct.Struct("=16sI2sH")  # address, service, port, list
 RANGE_KEY = struct.Struct("=II16s")  # length, service, address
 PREFIX_KEY = struct.Struct("=I4x16s")  # length (32 more than the prefix), address
-SETTINGS = struct.Struct("=16s16sIII4x")  # node's IPv4, IPv6, detect_local, overlay, phase
+SETTINGS = struct.Struct("=16s16sIIII")  # node's two, detect_local, overlay, phase, policies
 FLOW = struct.Struct("=16s16s2s2sB3x")  # source, destination, their ports, protocol
 CONNECTION = struct.Struct("=40sIIBB6x")  # to, seen_s, service, state, flags
 INTERFACE = struct.Struct("=16s16sI6s6x")  # addresses, flags, mac

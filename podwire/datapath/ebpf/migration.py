@@ -23,7 +23,9 @@ from podwire.kernel.bpf import Map, MapType, pins
 Convert: TypeAlias = Callable[[bytes, bytes], tuple[bytes, bytes]]
 """An entry of the next layout from one of this."""
 
-STEPS: Mapping[int, Mapping[str, Convert | None]] = {}
+STEPS: Mapping[int, Mapping[str, Convert | None]] = {
+    3: dict.fromkeys(("rules", "identities", "subjects", "tags")),  # got a second slot
+}
 """By the version that is left: the maps that the next one changed. None: made anew, empty, for the
 parts to fill from their tables. A function converts: `connections` and `affinities`, which no table
 knows, and `frontends`, whose numbers those two refer to."""

@@ -25,7 +25,7 @@ from podwire.datapath.ebpf.layout import (
     mapped_length,
 )
 from podwire.datapath.ebpf.pods import set_plain, write_interface
-from podwire.datapath.ebpf.programs import Programs
+from podwire.datapath.ebpf.programs import POLICY_MAPS, Programs
 from podwire.datapath.ebpf.rulings import Ruling, Rulings, ruling_of
 from podwire.errors import KernelError
 from podwire.kernel import link as links
@@ -93,13 +93,12 @@ class PolicyPart:
             entries = self._spell(table)
             self._rulings.adopt(table)
             known = growing["subjects"].read()
-            for kind in ("rules", "identities", "tags"):
-                growing[kind].replace(entries[kind])
             self._attach(
                 (each for each in table.endpoints.values() if _is_judged(each)),
                 lambda each: not any(mapped(address) in known for address in each.addresses),
             )
-            growing["subjects"].replace(entries["subjects"])
+            if any(growing[kind].read() != entries[kind] for kind in POLICY_MAPS):
+                self._programs.replace_policies(entries)
             self._attach(each for each in table.endpoints.values() if not _is_judged(each))
             return
         delta = table.delta(old)

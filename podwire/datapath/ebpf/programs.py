@@ -75,6 +75,8 @@ _GROWING = {  # name: kind, key and value size, entries to begin with
     "tags": (MapType.HASH, 4, 4, 256),
     "connections": (MapType.HASH, FLOW.size, CONNECTION.size, 65536),
 }
+POLICY_MAPS = ("rules", "identities", "tags", "subjects")
+"""Those whose numbers mean something only together."""
 _MADE_BY_PROGRAMS = {"connections", "affinities"}
 
 
@@ -123,6 +125,7 @@ class Programs:
         self._detect = DetectBy.NONE
         self._overlay = 0
         self._phase = Phase.SERVING
+        self._policies = 0
         self.maps: dict[str, Map] = {}
         self.growing: dict[str, GrowingMap] = {}
         self.connections = Connections(self, self._room.get("connections", LIMIT))
@@ -184,7 +187,7 @@ class Programs:
         """Say which packets are ours, for all programs at once."""
         with self.lock:
             self._phase = phase
-            self._change_settings(phase=phase)
+            self._change_settings()
 
     @property
     def phase(self) -> Phase | None:
@@ -243,7 +246,7 @@ class Programs:
         checked = found if self.growing["tunnels"].held else 0
         if checked != self._overlay:
             self._overlay = checked
-            self._change_settings(overlay=checked)
+            self._change_settings()
 
     def _forget_pod(self, ifindex: int) -> None:
         """The interface of a pod's link is gone; what gets its index next is no pod."""
@@ -282,15 +285,29 @@ class Programs:
 
     def _write_settings(self) -> None:
         node = [mapped(self._node[size]) if size in self._node else bytes(16) for size in (4, 16)]
-        value = SETTINGS.pack(*node, self._detect, self._overlay, self._phase)
-        self.maps["settings"].update(NUMBER.pack(0), value)
+        values = (*node, self._detect, self._overlay, self._phase, self._policies)
+        self.maps["settings"].update(NUMBER.pack(0), SETTINGS.pack(*values))
 
-    def _change_settings(self, **fields: int) -> None:
-        """Write one of `overlay` and `phase`, and leave what an earlier process wrote."""
-        held = self.maps["settings"].lookup(NUMBER.pack(0)) or bytes(SETTINGS.size)
-        *others, overlay, phase = SETTINGS.unpack(held)
-        after = (fields.get("overlay", overlay), fields.get("phase", phase))
-        self.maps["settings"].update(NUMBER.pack(0), SETTINGS.pack(*others, *after))
+    def _read_settings(self) -> tuple[bytes, bytes, int, int, int, int]:
+        held = self.maps["settings"].lookup(NUMBER.pack(0))
+        return SETTINGS.unpack(held or bytes(SETTINGS.size))
+
+    def _change_settings(self) -> None:
+        """Write what this process knows from its start, and leave the rest as it is."""
+        before = self._read_settings()
+        after = (*before[:3], self._overlay, self._phase, self._policies)
+        self.maps["settings"].update(NUMBER.pack(0), SETTINGS.pack(*after))
+
+    def replace_policies(self, entries: Mapping[str, Mapping[bytes, bytes]]) -> None:
+        """Judge by these entries of `POLICY_MAPS` from one packet to the next."""
+        with self.lock:
+            slot = 1 - self._policies
+            commits = [self.growing[name].stage(slot, entries[name]) for name in POLICY_MAPS]
+            self._policies = slot
+            self._change_settings()
+            self.growing["connections"].settle()  # no packet is judged by the others any more
+            for commit in commits:
+                commit()
 
     def outcomes(self) -> dict[str, int]:
         """Packets by what became of them, since the maps were made."""
@@ -375,11 +392,14 @@ class Programs:
         )
         before, self._objects = self._objects, loaded
         self.maps = {name: map for o in loaded.values() for name, map in o.maps.items()}
+        *_, self._overlay, phase, self._policies = self._read_settings()
+        self._phase = Phase(phase)
         for name, (kind, key, value, entries) in _GROWING.items():
             size = self._capacity if name == "connections" else entries
+            slot = self._policies if name in POLICY_MAPS else 0
             if name in self.growing:
                 self.growing[name].map.close()
-            self.growing[name] = GrowingMap(name, self.maps[name], kind, key, value, size)
+            self.growing[name] = GrowingMap(name, self.maps[name], kind, key, value, size, slot)
         for name in self._migration.converted - _MADE_BY_PROGRAMS:
             self.growing[name].replace(self._migration.convert(name))
         self._resume()
@@ -392,8 +412,6 @@ class Programs:
 
     def _resume(self) -> None:
         """Go on where a process that died stopped."""
-        held = SETTINGS.unpack(self.maps["settings"].lookup(NUMBER.pack(0)) or bytes(SETTINGS.size))
-        self._overlay, self._phase = held[-2], Phase(held[-1])
         for name in ("doomed", "gone"):  # what it was about to end
             if name in self.maps:
                 self.maps[name].delete_batch([key for key, _ in self.maps[name].items()])

@@ -116,8 +116,8 @@ def _timeout_s(entry: Entry) -> int:
 def _set_phase(maps: PinnedMaps, phase: Phase) -> None:
     """For all programs at once; returns when no packet is under way in another phase."""
     settings = maps["settings"]
-    held = settings.lookup(_FIRST) or bytes(SETTINGS.size)
-    settings.update(_FIRST, SETTINGS.pack(*SETTINGS.unpack(held)[:-1], phase))
+    *others, _, policies = SETTINGS.unpack(settings.lookup(_FIRST) or bytes(SETTINGS.size))
+    settings.update(_FIRST, SETTINGS.pack(*others, phase, policies))
     connections = maps["connections"]
     current = connections.inner(_FIRST)
     if current is not None:  # the kernel waits for a grace period when a slot is written
