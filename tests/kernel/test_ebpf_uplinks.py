@@ -6,6 +6,7 @@ from contextlib import closing
 import pytest
 
 from podwire.datapath.ebpf import inspect
+from podwire.datapath.ebpf.layout import Phase
 from podwire.datapath.ebpf.programs import OBJECTS, Programs
 from podwire.datapath.ebpf.uplinks import Uplinks
 from podwire.kernel.bpf import features
@@ -60,6 +61,18 @@ def test_a_new_process_without_it_takes_it_away(world):
         second.enable("services")
         Uplinks(second, "disabled").follow(ADDRESSES)
         assert shown(world) == set()
+
+
+def test_a_link_that_runs_it_before_all_else_gets_the_other_programs():
+    """An agent that takes over accelerates first and attaches when all its parts are complete."""
+    with World() as fresh, closing(Programs(fresh.name, fresh.spaces["node"])) as programs:
+        programs.enable("services", attach=False)
+        Uplinks(programs, "native").follow(ADDRESSES)
+        programs.attach(Phase.SERVING)
+        uplink = fresh.ifindex("up0")
+        here = {name.split("-")[0] for name in programs.attachments() if f"-{uplink}-" in name}
+        assert here == {"from_driver", "from_network", "from_node"}
+        programs.cleanup()
 
 
 def test_it_follows_the_addresses(world):

@@ -84,7 +84,8 @@ class Attachments:
                 if program == "from_pod":
                     self._pods.discard(int(index))
                     gone(int(index))
-        new = [index for index in present if not any(self._names(index))]
+        # one that XDP is on already (`attach_driver`) is as new to these programs as any
+        new = [index for index in present if f"from_node-{index}-egress" not in self.links]
         for index in new:
             try:
                 self._attach_interface(index, has_ports=present[index].kind in _HAVE_PORTS)
