@@ -441,18 +441,27 @@ static __always_inline bool is_bridge_port(struct __sk_buff *ctx)
 	return device && BPF_CORE_READ_BITFIELD(device, priv_flags) & IFF_BRIDGE_PORT;
 }
 
-#define ARPHRD_ETHER 1
-#define ARPHRD_LOOPBACK 772
-
-static __always_inline bool has_ethernet(struct __sk_buff *ctx)
+/* Tunnels and the like carry bare IP packets. Other links with headers of their own are not understood. */
+static __always_inline bool is_bare(struct __sk_buff *ctx)
 {
 	struct net_device *device = device_of(ctx);
 
-	return !device || device->type == ARPHRD_ETHER || device->type == ARPHRD_LOOPBACK;
+	switch (device ? device->type : 0) {
+	case 0xfffe: /* ARPHRD_NONE: tun, WireGuard */
+	case 768: /* ARPHRD_TUNNEL, as below */
+	case 769: /* TUNNEL6 */
+	case 776: /* SIT */
+	case 778: /* IPGRE */
+	case 823: /* IP6GRE */
+	case 512: /* PPP */
+	case 519: /* RAWIP */
+		return true;
+	}
+	return false;
 }
 
-/* Tunnels and the like carry bare IP packets. Here they get an Ethernet header, so that all is where it
- * always is; the kernel takes it off again where it sends on a packet that we redirect. */
+/* Such packets get an Ethernet header, so that all is where it always is; the kernel takes it off again
+ * where it sends on a packet that we redirect. */
 static __always_inline long wrap(struct __sk_buff *ctx)
 {
 	__u16 protocol = ctx->protocol;
@@ -469,7 +478,7 @@ int from_network(struct __sk_buff *ctx)
 	if ((ctx->pkt_type != PACKET_HOST && !is_bridge_port(ctx)) ||
 	    (ctx->vlan_present && ctx->vlan_tci & VLAN_ID))
 		return TCX_NEXT;
-	if (!has_ethernet(ctx) && wrap(ctx))
+	if (is_bare(ctx) && wrap(ctx))
 		return TCX_DROP;
 	return walk(ctx, PLACE_NETWORK);
 }
@@ -486,7 +495,7 @@ int from_node(struct __sk_buff *ctx)
 	if (ctx->ingress_ifindex || ctx->tc_index == WALKED || ctx->tc_index == TUNNELLED)
 		return TCX_NEXT;
 	ctx->tc_index = WALKED;
-	if (has_ethernet(ctx))
+	if (!is_bare(ctx))
 		return walk(ctx, PLACE_NODE);
 	if (wrap(ctx))
 		return TCX_DROP;
