@@ -25,7 +25,7 @@ enum reason {
 	REASON_BROKEN,
 	REASON_WRITE_FAILED,
 	REASON_NO_ROUTE,
-	REASON_TOO_BIG,
+	REASON_TOO_BIG, /* for the way out: left to the stack, which cuts it or tells the sender */
 	REASON_AFFINITY_FULL,
 	REASON_EVENTS_LOST,
 	REASON_REPLACED, /* a list of backends that gave way to another at this moment */

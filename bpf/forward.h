@@ -121,12 +121,14 @@ static __always_inline int to_neighbour(const struct bpf_fib_lookup *route)
 	return bpf_redirect_neigh(route->ifindex, &next, sizeof(next), 0);
 }
 
-/* Whether segments that a large packet will be cut into are too long for the way out. */
-static __always_inline bool has_long_segments(struct __sk_buff *ctx, __u32 interface)
+/* How long the IP packets are that this one, which may be a large one of many segments, is on the wire. */
+static __always_inline __u16 length_on_wire(struct __sk_buff *ctx, const struct packet *p)
 {
-	__u32 mtu = 0;
+	__u16 head = p->transport - p->network;
 
-	return ctx->gso_size && bpf_check_mtu(ctx, interface, &mtu, 0, BPF_MTU_CHK_SEGS);
+	if (!ctx->gso_size)
+		return head + p->length;
+	return head + (p->tcp_words ? p->tcp_words * 4 : 8) + ctx->gso_size; /* TCP or UDP */
 }
 
 /* By the routing table, past the stack. `from` is the interface the packet came in by; LOOPBACK: this
@@ -136,23 +138,28 @@ static __always_inline int by_route(struct __sk_buff *ctx, const struct packet *
 				    bool martian)
 {
 	struct bpf_fib_lookup route;
-	long found = find_route(ctx, &route, &p->flow, from, 0);
+	long found;
 
+	set_route(&route, &p->flow, from);
+	route.tot_len = length_on_wire(ctx, p); /* for an MTU that the route is locked to, too */
+	found = bpf_fib_lookup(ctx, &route, sizeof(route), 0);
 	if (found == BPF_FIB_LKUP_RET_UNSUPP_LWT)
 		found = find_tunnel_route(ctx, &route, &p->flow);
 	switch (found) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
 		break;
-	case BPF_FIB_LKUP_RET_NOT_FWDED:
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		count(REASON_TOO_BIG);
+		return martian ? to_this_node(ctx) : TCX_NEXT;
+	case BPF_FIB_LKUP_RET_NOT_FWDED:
 		return martian ? to_this_node(ctx) : TCX_NEXT;
 	default:
 		if (!martian)
 			return TCX_NEXT;
 		return drop(ctx, REASON_NO_ROUTE, &p->flow);
 	}
-	if ((p->ttl <= 1 && from != LOOPBACK) || has_long_segments(ctx, route.ifindex))
+	if (p->ttl <= 1 && from != LOOPBACK)
 		return martian ? to_this_node(ctx) : TCX_NEXT;
 	if (from != LOOPBACK && decrement_ttl(ctx, p))
 		return drop(ctx, REASON_WRITE_FAILED, &p->flow);

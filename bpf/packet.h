@@ -69,7 +69,8 @@ struct packet {
 	__u8 tcp_flags;
 	__u8 ttl;
 	__u8 icmp_type;
-	__u8 pad[2];
+	__u8 tcp_words; /* of the TCP header */
+	__u8 pad;
 };
 
 /* Functions that are not static are verified once, by themselves, and keep what is rare out of the
@@ -136,6 +137,7 @@ static __always_inline void parse_transport(CONTEXT *ctx, struct packet *p)
 			return;
 		}
 		p->tcp_flags = bpf_ntohs(offset_and_flags);
+		p->tcp_words = bpf_ntohs(offset_and_flags) >> 12;
 		p->checksum = p->transport + 16;
 	} else if (protocol == IPPROTO_UDP) {
 		p->checksum = p->transport + 6;

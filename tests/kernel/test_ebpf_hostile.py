@@ -331,19 +331,26 @@ def test_the_first_hop_of_what_is_masqueraded_answers(node, family):
     assert "exceeded" in done.stdout or "limit" in done.stdout, done.stdout
 
 
-def mtu_of_uplink(node, size):
-    for space, name in (("node", "up0"), ("outside", "eth0")):
-        node.world.batch(node.world.spaces[space], f"link set {name} mtu {size}")
-
-
-@pytest.fixture
-def narrow(node):
-    mtu_of_uplink(node, 1300)
+@pytest.fixture(params=["link", "route"])
+def narrow(node, request):
+    before = node.count("too_big")
+    routes = [f"{OUTSIDE[4]}/32 dev up0", f"{OUTSIDE[6]}/128 dev up0"]
+    if request.param == "link":
+        node.world.batch(node.world.spaces["node"], "link set up0 mtu 1300")
+    else:
+        node.world.batch(
+            node.world.spaces["node"], *(f"route add {each} mtu lock 1300" for each in routes)
+        )
     yield
-    mtu_of_uplink(node, 1500)
+    told = node.count("too_big") - before
+    if request.param == "link":
+        node.world.batch(node.world.spaces["node"], "link set up0 mtu 1500")
+    else:
+        node.world.batch(node.world.spaces["node"], *(f"route del {each}" for each in routes))
     for family in (4, 6):
         for space in ("pod1", "node", "outside"):
             netns.run(node.world.spaces[space], ["ip", f"-{family}", "route", "flush", "cache"])
+    assert told > 0
 
 
 @pytest.mark.parametrize("family", [4, 6])
