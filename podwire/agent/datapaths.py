@@ -60,6 +60,8 @@ class DataPath:
             self.programs = ebpf.make_programs(options)
         elif self.name == "iptables":
             self._flavour = detect_flavour()
+        if self.programs is None:
+            ebpf.announce(options)
 
     def nodes(self) -> Part[RouteTable]:
         if self.programs is not None:

@@ -94,6 +94,16 @@ def pinned_nodes(options: Options, netns_fd: int | None = None) -> list[str]:
     ]
 
 
+def announce(options: Options) -> None:
+    """Before another data path makes its rules: see `takeover.announce`."""
+    for node in pinned_nodes(options):
+        try:
+            with Table() as table:
+                takeover.announce(node, table)
+        except KernelError as error:
+            event(log, logging.WARNING, "connections of the node may break", error=error)
+
+
 class Pins:
     """What eBPF left on this node: to be removed, or handed over to netfilter."""
 

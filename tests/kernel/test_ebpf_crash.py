@@ -158,4 +158,4 @@ def end(talks):
         talk.stopped.set()
     for talk in talks:
         talk.join(timeout=10)
-    assert [talk.failure for talk in talks] == [None] * len(talks)
+    assert [f"{talk.name}: {talk.failure}" for talk in talks if talk.failure] == []

@@ -38,9 +38,10 @@ def on_node(world, body):
 
 
 def nftables(world):
-    part = NftablesServicesPart(netns_fd=world.spaces["node"])
+    table = make_table(ports())
+    part = NftablesServicesPart(table.settings.config, world.spaces["node"])
     part.start()
-    part.apply(make_table(ports()))
+    part.apply(table)
     return part
 
 
@@ -100,8 +101,9 @@ def test_there_and_back(world):
     wait_for_turns(under_nftables, turns)
     made.close()
 
-    nft = nftables(world)
     with Table(world.spaces["node"]) as table:
+        takeover.announce(world.name, table)
+        nft = nftables(world)
         assert takeover.leave(world.name, table) == 0
     assert not pinned.folder(world.name).exists()
     on_node(world, Carry().cleanup)
@@ -119,7 +121,7 @@ def wait_for_turns(found, turns):
     ):
         for talk in found:
             talk.join(timeout=0.01)
-    assert [talk.failure for talk in found] == [None] * len(found)
+    assert [f"{talk.name}: {talk.failure}" for talk in found if talk.failure] == []
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,8 @@ def test_a_death_on_the_way_back(world, call):
     made.attach(Phase.SERVING)
     before = talks(world)
     made.close()
+    with Table(world.spaces["node"]) as table:
+        takeover.announce(world.name, table)
     nft = nftables(world)
 
     def leave():

@@ -65,7 +65,7 @@ class Talk(threading.Thread):
     """One connection that never stops talking; `failure` says what went wrong."""
 
     def __init__(self, world, space, target):
-        super().__init__(daemon=True)
+        super().__init__(name=f"{space} to {target[0]}", daemon=True)
         family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
         self.socket = netns.socket(world.spaces[space], family, socket.SOCK_STREAM)
         self.socket.settimeout(5)

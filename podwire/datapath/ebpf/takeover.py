@@ -5,13 +5,16 @@ is ours. Then all are, but for those of connections that the kernel has and we l
 table was read); no more of these begin, so a second reading finds the last. Connections with a
 process of the node at one end stay with netfilter (`entries.pairs`).
 
-Back: netfilter's rules are complete. We begin no more connections, write ours into the kernel's
-table, and from one packet to the next all packets are netfilter's.
+Back: netfilter is told of the connections that it sees already (`announce`), and its rules are
+made. Once they are complete, we begin no more connections, write ours into the kernel's table, and
+from one packet to the next all packets are netfilter's.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 from podwire.datapath.ebpf import entries, pinned
 from podwire.datapath.ebpf.connections import DATAGRAM_S, ESTABLISHED_S
@@ -19,13 +22,14 @@ from podwire.datapath.ebpf.entries import Node
 from podwire.datapath.ebpf.layout import NUMBER, SETTINGS, ConnectionFlag, Phase, unmapped
 from podwire.datapath.ebpf.pinned import PinnedMaps
 from podwire.datapath.ebpf.programs import Programs
-from podwire.kernel import address
-from podwire.kernel.ctnetlink import Entry, Table, TcpState
+from podwire.kernel import address, sysctl
+from podwire.kernel.ctnetlink import Entry, Status, Table, TcpState
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Protocol
 
 # what it has already, and what it could not send back by another way than it came
 _NOT_FOR_NETFILTER = ConnectionFlag.STACK | ConnectionFlag.DSR | ConnectionFlag.LED
+_LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
 _FIRST = NUMBER.pack(0)
 _ENDING_S = 120
 _TRIES = 3
@@ -69,6 +73,26 @@ def _bring(programs: Programs, table: Table) -> list[Entry]:
     return [entry for entry in found if entries.is_carried(entry, node)]
 
 
+def announce(node: str, table: Table) -> None:
+    """Call before netfilter's rules are made, while the programs of `node` serve.
+
+    Connections of the node's own processes that the programs translate pass netfilter first. It
+    would take the next packet of one for its first and translate it, too, to who knows where; what
+    it has an entry of is let alone. Raises KernelError.
+    """
+    with NetlinkSocket(netns_fd=table.netns_fd) as netlink:
+        own = {each.address for each in address.dump(netlink)}
+    with PinnedMaps(node) as maps:
+        table.create(
+            entry._replace(
+                reply=entry.original.reversed(),
+                status=entry.status & ~(Status.SRC_NAT | Status.DST_NAT),
+            )
+            for entry in _leaving(maps)
+            if entry.original.source in own
+        )
+
+
 def leave(node: str, table: Table) -> int:
     """Hand over to netfilter, whose rules are complete, and remove everything of ours.
 
@@ -76,19 +100,38 @@ def leave(node: str, table: Table) -> int:
 
     Raises KernelError, also for maps of another layout: nothing is removed then.
     """
+    refused = 0
     with PinnedMaps(node) as maps:
-        _set_phase(maps, Phase.LEAVING)
-        found = [
-            entry._replace(timeout_s=_timeout_s(entry))
-            for entry, flags in entries.kernel_entries(dict(maps.items("connections")))
-            if entry.original.protocol in entries.PROTOCOLS
-            and entry.state != TcpState.CLOSE
-            and not flags & _NOT_FOR_NETFILTER
-        ]
-        refused = _make(table, found)
-        _set_phase(maps, Phase.WAITING)
+        if _phase(maps) is not Phase.SERVING:  # a process died over it, perhaps in `_strict`
+            sysctl.write({_LOOSE: 1}, table.netns_fd)
+        if _phase(maps) is not Phase.WAITING:  # else netfilter carries everything already
+            _set_phase(maps, Phase.LEAVING)
+            with _strict(table):
+                refused = _make(table, list(_leaving(maps)))
+                _set_phase(maps, Phase.WAITING)
     pinned.remove(node)
     return refused
+
+
+@contextmanager
+def _strict(table: Table) -> Generator[None]:
+    """Let netfilter take no TCP packet but a SYN for the first of a connection.
+
+    It sees those of connections whose entries are being exchanged, and must not translate them.
+    """
+    usual = sysctl.read(_LOOSE, table.netns_fd)
+    sysctl.write({_LOOSE: 0}, table.netns_fd)
+    try:
+        yield
+    finally:
+        sysctl.write({_LOOSE: usual}, table.netns_fd)
+
+
+def _leaving(maps: PinnedMaps) -> Iterator[Entry]:
+    for entry, flags in entries.kernel_entries(dict(maps.items("connections"))):
+        known = entry.original.protocol in entries.PROTOCOLS and entry.state != TcpState.CLOSE
+        if known and not flags & _NOT_FOR_NETFILTER:
+            yield entry._replace(timeout_s=_timeout_s(entry))
 
 
 def _make(table: Table, wanted: list[Entry]) -> int:
@@ -111,6 +154,10 @@ def _timeout_s(entry: Entry) -> int:
     if entry.original.protocol == Protocol.UDP:
         return DATAGRAM_S
     return ESTABLISHED_S if entry.state in (TcpState.ESTABLISHED, None) else _ENDING_S
+
+
+def _phase(maps: PinnedMaps) -> Phase:
+    return Phase(SETTINGS.unpack(maps["settings"].lookup(_FIRST) or bytes(SETTINGS.size))[-2])
 
 
 def _set_phase(maps: PinnedMaps, phase: Phase) -> None:
