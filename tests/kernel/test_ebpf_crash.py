@@ -8,6 +8,7 @@ from podwire.datapath.ebpf import pinned, programs
 from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.growing import GrowingMap
 from podwire.datapath.ebpf.layout import MEMBER_KEY, NUMBER, Phase, mapped
+from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.kernel.bpf import Link, pins
 from podwire.net import parse_address
 from tests.kernel.ebpf_world import NODE, POD, World
@@ -150,6 +151,17 @@ def test_backends_that_were_about_to_lose_their_flows(world):
     made.close()
     made = serves(world)
     assert made.maps["doomed"].lookup(backend) is None
+    made.close()
+
+
+def test_pods_whose_interfaces_went_meanwhile_are_no_reason_to_stop(world):
+    """Nor is another interface with the number of one taken for a pod's."""
+    made = agent(world)[0]
+    address = parse_address("10.244.0.9")
+    uplink = world.ifindex("up0")
+    EbpfPods(made).replace([PodLink(n, bytes(6), bytes(6), (address,)) for n in (9999, uplink)])
+    assert made.maps["endpoints"].lookup(mapped(address)) is None
+    assert f"from_network-{uplink}-ingress" in made.attachments()
     made.close()
 
 

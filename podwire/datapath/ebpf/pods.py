@@ -116,7 +116,14 @@ class EbpfPods:
 
     def replace(self, pods: Iterable[PodLink]) -> None:
         """Exactly these pods: after a start, when an earlier process may have left others."""
-        wanted = {pod.ifindex: pod for pod in pods}
+        present = self._programs.dump_links()
+        wanted: dict[int, PodLink] = {}
+        for pod in pods:
+            link = present.get(pod.ifindex)
+            if link is not None and link.mac == pod.host_mac:
+                wanted[pod.ifindex] = pod
+            else:  # its DEL is still to come; the number may be another link's now
+                log.warning("a pod's interface %d is gone: %s", pod.ifindex, pod.netns)
         endpoints = self._programs.maps["endpoints"]
         for key, value in list(endpoints.items()):
             ifindex = ENDPOINT.unpack(value)[0]
