@@ -32,6 +32,7 @@ _NOT_FOR_NETFILTER = ConnectionFlag.STACK | ConnectionFlag.DSR | ConnectionFlag.
 _LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
 _FIRST = NUMBER.pack(0)
 _ENDING_S = 120
+_OPENING = (TcpState.SYN_SENT, TcpState.SYN_RECV)
 _TRIES = 3
 
 
@@ -131,7 +132,16 @@ def _leaving(maps: PinnedMaps) -> Iterator[Entry]:
     for entry, flags in entries.kernel_entries(dict(maps.items("connections"))):
         known = entry.original.protocol in entries.PROTOCOLS and entry.state != TcpState.CLOSE
         if known and not flags & _NOT_FOR_NETFILTER:
-            yield entry._replace(timeout_s=_timeout_s(entry))
+            timed = entry._replace(timeout_s=_timeout_s(entry))
+            yield _grown_up(timed) if entry.state in _OPENING else timed
+
+
+def _grown_up(entry: Entry) -> Entry:
+    """A handshake goes on here until netfilter carries it; it takes a later packet for invalid if
+    it waits for an earlier one, but not the other way round.
+    """
+    status = entry.status | Status.SEEN_REPLY | Status.ASSURED
+    return entry._replace(state=TcpState.ESTABLISHED, status=status)
 
 
 def _make(table: Table, wanted: list[Entry]) -> int:
