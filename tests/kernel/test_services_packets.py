@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Iterator
@@ -53,11 +54,12 @@ def changed(net: Net, cluster: Cluster, *objects: kube.Resource) -> None:
     net.apply(cluster.compiler.update(cluster.store.take()))
 
 
+PORTS = itertools.cycle(range(10_000, 60_000))
+"""Source ports of clients: a pair that is used again soon finds the kernel's old entry."""
+
+
 def connect(net: Net, to: str, source: str, *, port: int = 80, count: int = 12) -> list[Seen]:
-    probes = [
-        Probe("pod", source, random.randrange(10_000, 60_000), to, port, Protocol.TCP)
-        for _ in range(count)
-    ]
+    probes = [Probe("pod", source, next(PORTS), to, port, Protocol.TCP) for _ in range(count)]
     return net.connect(probes)
 
 
