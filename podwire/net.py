@@ -61,9 +61,14 @@ def parse_addresses(texts: Iterable[str]) -> tuple[Address, ...]:
     return tuple(found)
 
 
+def address_family(address: Address) -> socket.AddressFamily:
+    """AF_INET or AF_INET6."""
+    return socket.AF_INET if len(address) == 4 else socket.AF_INET6
+
+
 def format_address(address: Address) -> str:
     """Canonical text (RFC 5952 for IPv6)."""
-    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
+    return socket.inet_ntop(address_family(address), address)
 
 
 def format_endpoint(address: Address, port: int) -> str:

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from podwire.agent.logs import event
 from podwire.kernel import netns
-from podwire.net import Address, format_address
+from podwire.net import Address, address_family, format_address
 from podwire.services import HealthCheck, ServiceTable, Settings
 from podwire.services.model import is_loopback
 from podwire.services.nodeports import selected_addresses
@@ -132,7 +132,7 @@ class ServiceHealth:
             await site.start()
 
     def _socket(self, address: Address, port: int) -> socket.socket:
-        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        family = address_family(address)
         sock = netns.socket(self._netns_fd, family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -5,7 +5,6 @@ Source: rtnetlink(7); include/uapi/linux/if_addr.h.
 
 from __future__ import annotations
 
-import socket
 import struct
 from typing import NamedTuple
 
@@ -19,14 +18,13 @@ from podwire.kernel.netlink import (
     number,
     u32,
 )
-from podwire.net import Address, format_address
+from podwire.net import Address, address_family, format_address
 
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _ADDRESS, _LOCAL, _BROADCAST, _FLAGS = 1, 2, 4, 8
 
 F_NODAD = 0x02
-F_TENTATIVE = 0x40
 F_NOPREFIXROUTE = 0x200
 
 SCOPE_GLOBAL, SCOPE_LINK = 0, 253
@@ -78,7 +76,7 @@ def parse(body: bytes) -> InterfaceAddress:
 
 
 def _body(address: InterfaceAddress) -> bytes:
-    family = socket.AF_INET if len(address.address) == 4 else socket.AF_INET6
+    family = address_family(address.address)
     header = _IFADDR.pack(family, address.length, 0, address.scope, address.link)
     return header + attr(_LOCAL, address.address) + attr(_ADDRESS, address.address)
 

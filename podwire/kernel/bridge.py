@@ -12,30 +12,25 @@ from typing import NamedTuple
 from podwire.kernel.link import (
     IFINFO,
     RTM_DELLINK,
-    RTM_GETLINK,
     RTM_NEWLINK,
     RTM_SETLINK,
     Link,
 )
 from podwire.kernel.netlink import (
-    NetlinkSocket,
     Request,
     attr,
     attributes,
-    each_attribute,
     nest,
     text,
     u8,
     u16,
-    u32,
 )
 
 _AF_BRIDGE = 7
 _IFNAME, _LINKINFO, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 3, 18, 4, 5
-_AF_SPEC, _EXT_MASK = 26, 29
+_AF_SPEC = 26
 _BRIDGE_FLAGS, _BRIDGE_VLAN_INFO = 0, 2
 _FLAGS_SELF = 2
-_EXT_VLANS_COMPRESSED = 1 << 2
 _VLAN_INFO = struct.Struct("=HH")  # flags, VLAN id
 _PVID, _UNTAGGED, _RANGE_BEGIN, _RANGE_END = 1 << 1, 1 << 2, 1 << 3, 1 << 4
 
@@ -98,23 +93,3 @@ def _vlan_body(port: int, vlan: PortVlan, on_bridge: bool) -> bytes:
     if on_bridge:
         spec.append(u16(_BRIDGE_FLAGS, _FLAGS_SELF))
     return IFINFO.pack(_AF_BRIDGE, 0, port, 0, 0) + nest(_AF_SPEC, *spec)
-
-
-def dump_vlans(sock: NetlinkSocket) -> dict[int, list[PortVlan]]:
-    """The VLANs of every bridge and port, by link index."""
-    request = IFINFO.pack(_AF_BRIDGE, 0, 0, 0, 0) + u32(_EXT_MASK, _EXT_VLANS_COMPRESSED)
-    found: dict[int, list[PortVlan]] = {}
-    for body in sock.dump(RTM_GETLINK, request, "bridge VLANs"):
-        index = IFINFO.unpack_from(body)[2]
-        vlans = found.setdefault(index, [])
-        first = 0
-        for kind, payload in each_attribute(attributes(body, IFINFO.size).get(_AF_SPEC, b"")):
-            if kind != _BRIDGE_VLAN_INFO:
-                continue
-            flags, vlan = _VLAN_INFO.unpack(payload)
-            if flags & _RANGE_BEGIN:
-                first = vlan
-                continue
-            begin = first if flags & _RANGE_END else vlan
-            vlans.append(PortVlan(begin, vlan, bool(flags & _PVID), bool(flags & _UNTAGGED)))
-    return found

@@ -42,7 +42,7 @@ IFINFO = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, chan
 _ADDRESS, _IFNAME, _MTU, _LINK = 1, 3, 4, 5
 _MASTER, _TXQLEN, _OPERSTATE, _LINKINFO = 10, 13, 16, 18
 _IFALIAS, _AF_SPEC, _GROUP, _NET_NS_FD, _EXT_MASK = 20, 26, 27, 28, 29
-_PROMISCUITY, _NUM_TX_QUEUES, _NUM_RX_QUEUES, _LINK_NETNSID = 30, 31, 32, 37
+_PROMISCUITY, _NUM_TX_QUEUES, _NUM_RX_QUEUES = 30, 31, 32
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
 _EXT_SKIP_STATS = 1 << 3
@@ -54,9 +54,9 @@ OPERSTATES = ("unknown", "notpresent", "down", "lowerlayerdown", "testing", "dor
 class Link:
     """A network interface as the kernel reports it.
 
-    `link` is the index of the veth peer or lower device, in the namespace with the local number
-    `link_netnsid` (-1: this one). `data` and `port_data` are the raw attributes of the kind and of
-    the port it is to its master (`vxlan.read`, `bridge.port_flags`).
+    `link` is the index of the veth peer or lower device, which may be in another namespace. `data`
+    and `port_data` are the raw attributes of the kind and of the port it is to its master
+    (`vxlan.read`, `bridge.port_flags`).
     """
 
     index: int
@@ -68,7 +68,6 @@ class Link:
     operstate: str
     master: int
     link: int
-    link_netnsid: int
     tx_queue_length: int
     promiscuity: int
     alias: str
@@ -85,8 +84,7 @@ class Link:
 def parse(body: bytes) -> Link:
     """A link from the body of RTM_NEWLINK."""
     _, _, index, flags, _ = IFINFO.unpack_from(body)
-    found = attributes(body, 16)
-    get = found.get
+    get = attributes(body, IFINFO.size).get
     info = attributes(get(_LINKINFO, b""))
     operstate = number(get(_OPERSTATE, b"\0"))
     return Link(
@@ -99,7 +97,6 @@ def parse(body: bytes) -> Link:
         OPERSTATES[operstate] if operstate < len(OPERSTATES) else str(operstate),
         number(get(_MASTER, b"")),
         number(get(_LINK, b"")),
-        number(found[_LINK_NETNSID]) if _LINK_NETNSID in found else -1,
         number(get(_TXQLEN, b"")),
         number(get(_PROMISCUITY, b"")),
         string(get(_IFALIAS, b"")),

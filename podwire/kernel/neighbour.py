@@ -23,7 +23,7 @@ from podwire.kernel.netlink import (
     u8,
     u32,
 )
-from podwire.net import Address, format_address
+from podwire.net import Address, address_family, format_address
 
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 _NDMSG = struct.Struct("=B3xiHBB")  # family, link index, state, flags, type
@@ -128,7 +128,7 @@ def _parse_forward(body: bytes) -> Forward:
 
 
 def _encode(neighbour: Neighbour) -> bytes:
-    family = socket.AF_INET if len(neighbour.address) == 4 else socket.AF_INET6
+    family = address_family(neighbour.address)
     body = _NDMSG.pack(family, neighbour.link, neighbour.state, 0, 0)
     body += attr(_DST, neighbour.address) + u8(_PROTOCOL, neighbour.protocol)
     return body + attr(_LLADDR, neighbour.mac) if neighbour.mac else body

@@ -36,25 +36,25 @@ NLM_F_EXCL = 0x200
 NLM_F_CREATE = 0x400
 NLM_F_APPEND = 0x800
 _NLM_F_CAPPED = 0x100
-_NLM_F_ACK_TLVS = 0x200
+NLM_F_ACK_TLVS = 0x200
 
-_NLMSG_ERROR = 2
-_NLMSG_DONE = 3
-_NLMSGERR_ATTR_MSG = 1
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+NLMSGERR_ATTR_MSG = 1
 
-_SOL_NETLINK = 270
+SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP = 1
-_NETLINK_CAP_ACK = 10
-_NETLINK_EXT_ACK = 11
+NETLINK_CAP_ACK = 10
+NETLINK_EXT_ACK = 11
 _NETLINK_GET_STRICT_CHK = 12
-_SO_SNDBUFFORCE = 32
-_SO_RCVBUFFORCE = 33
+SO_SNDBUFFORCE = 32
+SO_RCVBUFFORCE = 33
 
 _NLA_F_NESTED = 0x8000
 _NLA_TYPE = 0x3FFF
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port id
-_HEADER_BYTES = 16
+HEADER_BYTES = 16
 _ATTR = struct.Struct("=HH")
 _U8 = struct.Struct("=HHB3x")
 _U16 = struct.Struct("=HHH2x")
@@ -129,15 +129,15 @@ def each_attribute(data: bytes, offset: int = 0) -> Iterator[tuple[int, bytes]]:
 
 def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
     """One message: header and body."""
-    return _HEADER.pack(_HEADER_BYTES + len(body), kind, flags, sequence, 0) + body
+    return _HEADER.pack(HEADER_BYTES + len(body), kind, flags, sequence, 0) + body
 
 
 def messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes]]:
     """The messages of a datagram as ``(type, flags, sequence, body)``."""
     offset = 0
-    while offset + _HEADER_BYTES <= len(datagram):
+    while offset + HEADER_BYTES <= len(datagram):
         length, kind, flags, sequence, _ = _HEADER.unpack_from(datagram, offset)
-        yield kind, flags, sequence, datagram[offset + _HEADER_BYTES : offset + length]
+        yield kind, flags, sequence, datagram[offset + HEADER_BYTES : offset + length]
         offset += (length + 3) & ~3
 
 
@@ -259,7 +259,7 @@ class NetlinkSocket:
             for kind, flags, sequence, body in self._receive():
                 if not first <= sequence <= last:
                     continue  # a late answer to an exchange that an exception cut short
-                if kind != _NLMSG_ERROR:
+                if kind != NLMSG_ERROR:
                     replies.append(body)
                     continue
                 failure = _failure(requests[sequence - first], kind, flags, body)
@@ -279,7 +279,7 @@ class NetlinkSocket:
                 if answered != sequence:
                     continue
                 interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
-                if kind > _NLMSG_DONE:
+                if kind > NLMSG_DONE:
                     bodies.append(body)
                     continue
                 failure = _failure(request, kind, flags, body)
@@ -302,11 +302,11 @@ class NetlinkSocket:
 
 
 _OPTIONS = (
-    (_SOL_NETLINK, _NETLINK_EXT_ACK, 1),
-    (_SOL_NETLINK, _NETLINK_CAP_ACK, 1),
-    (_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1),
-    (socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES),
-    (socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES),
+    (SOL_NETLINK, NETLINK_EXT_ACK, 1),
+    (SOL_NETLINK, NETLINK_CAP_ACK, 1),
+    (SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1),
+    (socket.SOL_SOCKET, SO_SNDBUFFORCE, _BUFFER_BYTES),
+    (socket.SOL_SOCKET, SO_RCVBUFFORCE, _BUFFER_BYTES),
 )
 
 
@@ -316,10 +316,10 @@ def subscribe(
     """A socket that gets what is sent to these multicast groups; it does not block."""
     subscribed = netns.socket(netns_fd, socket.AF_NETLINK, socket.SOCK_RAW, protocol)
     subscribed.setblocking(False)
-    subscribed.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer_bytes)
+    subscribed.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer_bytes)
     subscribed.bind((0, 0))
     for group in groups:
-        subscribed.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        subscribed.setsockopt(SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
     return subscribed
 
 
@@ -360,10 +360,10 @@ def _failure(request: Request, kind: int, flags: int, body: bytes) -> Failure | 
     if code >= 0:
         return None
     extack = ""
-    if flags & _NLM_F_ACK_TLVS:
+    if flags & NLM_F_ACK_TLVS:
         offset = 4
-        if kind == _NLMSG_ERROR:  # then comes the request: its header and, unless capped, its body
+        if kind == NLMSG_ERROR:  # then comes the request: its header and, unless capped, its body
             length = 16 if flags & _NLM_F_CAPPED else _HEADER.unpack_from(body, 4)[0]
             offset += (length + 3) & ~3
-        extack = string(attributes(body, offset).get(_NLMSGERR_ATTR_MSG, b""))
+        extack = string(attributes(body, offset).get(NLMSGERR_ATTR_MSG, b""))
     return Failure(request, -code, extack)

@@ -21,8 +21,7 @@ _PACKET, _CONFIG = 0, 1
 _CFG_COMMAND, _CFG_MODE, _CFG_TIMEOUT, _CFG_THRESHOLD = 1, 2, 4, 5
 _BIND = 1
 _COPY_PACKET = 2
-_INPUT_LINK, _OUTPUT_LINK, _PAYLOAD, _PREFIX = 4, 5, 9, 10
-_NLMSG_ERROR = 2
+_INPUT_LINK, _PAYLOAD, _PREFIX = 4, 9, 10
 _RECEIVE_BYTES = 1 << 16
 _PORTS = (Protocol.TCP, Protocol.UDP, Protocol.SCTP)
 
@@ -30,7 +29,7 @@ _PORTS = (Protocol.TCP, Protocol.UDP, Protocol.SCTP)
 class Logged(NamedTuple):
     """One packet. `port` is the destination's; `icmp_type` is None for other protocols.
 
-    `input_link`, `output_link` are indexes, 0: none.
+    `input_link` is the index of the link it came in on, 0: it was sent from here.
     """
 
     prefix: str
@@ -41,7 +40,6 @@ class Logged(NamedTuple):
     port: int
     icmp_type: int | None
     input_link: int
-    output_link: int
 
 
 class Listener:
@@ -77,7 +75,7 @@ class Listener:
         self._socket.send(netlink.message(_SUBSYSTEM | _CONFIG, flags, 1, body))
         while True:
             for kind, _, _, body in netlink.messages(self._socket.recv(_RECEIVE_BYTES)):
-                if kind != _NLMSG_ERROR:  # packets may come before it
+                if kind != netlink.NLMSG_ERROR:  # packets may come before it
                     continue
                 (code,) = struct.unpack_from("=i", body)
                 if code:
@@ -103,8 +101,8 @@ def _parse(body: bytes) -> Logged | None:
     parsed = parse_packet(payload)
     if parsed is None:
         return None
-    links = (int.from_bytes(found.get(kind, b""), "big") for kind in (_INPUT_LINK, _OUTPUT_LINK))
-    return Logged(netlink.string(found.get(_PREFIX, b"")), *parsed, *links)
+    input_link = int.from_bytes(found.get(_INPUT_LINK, b""), "big")
+    return Logged(netlink.string(found.get(_PREFIX, b"")), *parsed, input_link)
 
 
 def parse_packet(

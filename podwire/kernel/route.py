@@ -29,7 +29,7 @@ from podwire.kernel.netlink import (
     u16,
     u32,
 )
-from podwire.net import Address, Prefix, format_address
+from podwire.net import Address, Prefix, address_family, format_address
 
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 # rtmsg: family, destination and source length, TOS, table, protocol, scope, type, flags
@@ -198,7 +198,7 @@ def resolve(
     destination: Address, *, source: Address = b"", mark: int = 0, input_link: int = 0
 ) -> Request:
     """Ask which route a packet would take; the answer is for `parse` (ENETUNREACH: none)."""
-    family = socket.AF_INET if len(destination) == 4 else socket.AF_INET6
+    family = address_family(destination)
     bits = len(destination) * 8
     body = _RTMSG.pack(family, bits, bits if source else 0, 0, 0, 0, 0, 0, 0)
     body += attr(_DST, destination)
@@ -286,7 +286,7 @@ def _encode_nexthop(nexthop: NextHop) -> bytes:
 
 def _encode(route: Route) -> bytes:
     prefix = route.prefix
-    family = socket.AF_INET if len(prefix.address) == 4 else socket.AF_INET6
+    family = address_family(prefix.address)
     flags = _ONLINK if route.onlink else 0
     table = route.table if route.table < 256 else 0
     parts = [
@@ -302,8 +302,8 @@ def _encode(route: Route) -> bytes:
         if len(route.gateway) == len(prefix.address):
             parts.append(attr(_GATEWAY, route.gateway))
         else:
-            gateway_family = socket.AF_INET if len(route.gateway) == 4 else socket.AF_INET6
-            parts.append(attr(_VIA, struct.pack("=H", gateway_family) + route.gateway))
+            family = struct.pack("=H", address_family(route.gateway))
+            parts.append(attr(_VIA, family + route.gateway))
     if route.nexthops:
         parts.append(attr(_MULTIPATH, b"".join(map(_encode_nexthop, route.nexthops))))
     if route.link:

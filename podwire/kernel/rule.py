@@ -22,7 +22,7 @@ from podwire.kernel.netlink import (
     u8,
     u32,
 )
-from podwire.net import Prefix
+from podwire.net import Prefix, address_family
 
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 # fib_rule_hdr: family, destination and source length, TOS, table, action, flags
@@ -117,7 +117,7 @@ def parse(body: bytes) -> Rule:
 
 
 def _encode(rule: Rule) -> bytes:
-    family = socket.AF_INET if rule.source.bits == 32 else socket.AF_INET6
+    family = address_family(rule.source.address)
     flags = _INVERT if rule.invert else 0
     to_length, from_length = rule.destination.length, rule.source.length
     parts = [

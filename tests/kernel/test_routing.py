@@ -21,6 +21,7 @@ from tests.conftest import present
 MAC = bytes.fromhex("0a5800000001")
 P, A = parse_prefix, parse_address
 OURS = 0xAB
+IFA_F_TENTATIVE = 0x40
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_addresses(sock: NetlinkSocket, netns_fd: int, eth0: int) -> None:
     found = {entry.address: entry for entry in address.dump(sock, link=eth0)}
     assert found[A("10.1.0.9")].scope == address.SCOPE_LINK
     assert found[A("fd01::1")].flags & address.F_NODAD
-    assert not found[A("fd01::1")].flags & address.F_TENTATIVE
+    assert not found[A("fd01::1")].flags & IFA_F_TENTATIVE
     with NetNS(f"/proc/{os.getpid()}/fd/{netns_fd}", flags=0) as ip:
         brd = {
             a.get_attr("IFA_LOCAL"): a.get_attr("IFA_BROADCAST") for a in ip.get_addr(index=eth0)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import socket
 import struct
 from functools import cache
 from pathlib import Path
@@ -12,11 +10,11 @@ from pathlib import Path
 from podwire.errors import KernelError
 from podwire.kernel.bpf.links import AttachType
 from podwire.kernel.bpf.maps import Map, MapFlag, MapType
-from podwire.kernel.bpf.programs import Program
-from podwire.kernel.bpf.syscall import Command, attr, bpf, bpf_errno
+from podwire.kernel.bpf.programs import Program, load_constant
+from podwire.kernel.bpf.syscall import Command, attr, bpf
 
-_SCHED_CLS, _XDP, _NETFILTER, _SYSCALL = 3, 6, 32, 31
-_EXIT_0 = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)  # r0 = 0; exit
+_SCHED_CLS, _XDP, _SYSCALL = 3, 6, 31
+_SLEEPABLE = 1 << 4  # BPF_F_SLEEPABLE
 _NO_INTERFACE = 0x7FFFFFFF
 
 
@@ -68,13 +66,8 @@ def has_xdp_link() -> bool:
 
 
 @cache
-def has_netfilter_link() -> bool:
-    return _loads(_NETFILTER, AttachType.NETFILTER)
-
-
-@cache
 def has_syscall_program() -> bool:
-    return _loads(_SYSCALL, flags=1 << 4)  # BPF_F_SLEEPABLE
+    return _loads(_SYSCALL, _SLEEPABLE)
 
 
 @cache
@@ -105,43 +98,8 @@ def has_cgroup2() -> Path | None:
     return None
 
 
-@cache
-def has_link_kind(kind: str) -> bool:
-    """Whether the kernel can make links of this kind (``geneve``, ``netkit``), without making one.
-
-    The request asks for 5,000 queues, which is refused (EINVAL) after the kind was looked up.
-    """
-    queues = _attribute(31, struct.pack("=I", 5000))  # IFLA_NUM_TX_QUEUES
-    kind_info = _attribute(18, _attribute(1, kind.encode() + b"\0"))  # IFLA_LINKINFO, _KIND
-    body = bytes(16) + queues + kind_info
-    # RTM_NEWLINK with NLM_F_REQUEST | ACK | EXCL | CREATE
-    message = struct.pack("=IHHII", 16 + len(body), 16, 0x605, 1, 0) + body
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
-        netlink.send(message)
-        code = -struct.unpack_from("=i", netlink.recv(65536), 16)[0]
-    return code != errno.EOPNOTSUPP
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
-def _load(type: int, attach_type: int = 0, flags: int = 0) -> tuple[int, int]:
-    code = ctypes.create_string_buffer(_EXIT_0)
-    licence = ctypes.create_string_buffer(b"GPL")
-    request = attr(
-        128,
-        struct.pack(
-            "=IIQQIIQII16sII",
-            *(type, 2, ctypes.addressof(code), ctypes.addressof(licence)),
-            *(0, 0, 0, 0, flags, b"probe", 0, attach_type),
-        ),
-    )
-    return bpf_errno(Command.PROG_LOAD, request)
-
-
-def _loads(type: int, attach_type: int = 0, flags: int = 0) -> bool:
-    fd, code = _load(type, attach_type, flags)
+def _loads(type: int, flags: int = 0) -> bool:
+    fd, code = load_constant(type, 0, "probe", flags=flags)
     if code:
         return False
     Program(fd).close()
@@ -149,7 +107,7 @@ def _loads(type: int, attach_type: int = 0, flags: int = 0) -> bool:
 
 
 def _attach_errno(type: int, where: AttachType) -> int:
-    fd, code = _load(type)
+    fd, code = load_constant(type, 0, "probe")
     if code:
         return code
     program = Program(fd)

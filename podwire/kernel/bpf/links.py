@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import socket
 import struct
 from enum import IntEnum
 from typing import NamedTuple
 
 from podwire.kernel.bpf.programs import Program
-from podwire.kernel.bpf.syscall import Command, attr, bpf
+from podwire.kernel.bpf.syscall import Command, attr, bpf, object_info
 
 
 class AttachType(IntEnum):
@@ -26,13 +24,12 @@ class AttachType(IntEnum):
     GETPEERNAME4 = 29  # 5.8
     GETPEERNAME6 = 30
     XDP = 37  # 5.9
-    NETFILTER = 45  # 6.4
     TCX_INGRESS = 46  # 6.6
     TCX_EGRESS = 47
 
 
 class LinkInfo(NamedTuple):
-    """`target` is an interface index, a cgroup id, or a netfilter (family, hook) pair as one."""
+    """`target` is an interface index or a cgroup id; 0 for iterators."""
 
     type: int
     id: int
@@ -42,7 +39,7 @@ class LinkInfo(NamedTuple):
 
 
 _BEFORE = 1 << 3  # BPF_F_BEFORE; without a link to be before: before all
-_LINK_CGROUP, _LINK_ITER, _LINK_XDP, _LINK_NETFILTER, _LINK_TCX = 3, 4, 6, 10, 11
+_LINK_CGROUP, _LINK_ITER, _LINK_XDP, _LINK_TCX = 3, 4, 6, 11
 _XDP_SKB_MODE, _XDP_DRV_MODE = 1 << 1, 1 << 2  # include/uapi/linux/if_link.h
 
 
@@ -80,14 +77,6 @@ class Link:
             os.close(fd)
 
     @classmethod
-    def netfilter(
-        cls, program: Program, family: socket.AddressFamily, hook: int, priority: int
-    ) -> Link:
-        """Attach to a netfilter hook (NF_INET_*) of the caller's network namespace."""
-        extra = struct.pack("=IIiI", family, hook, priority, 0)
-        return cls._create(program, 0, AttachType.NETFILTER, f"netfilter hook {hook}", 0, extra)
-
-    @classmethod
     def iterator(cls, program: Program) -> Link:
         """An iterator over the whole kind; `run` walks it."""
         return cls._create(program, 0, AttachType.ITER, "iterator")
@@ -104,15 +93,14 @@ class Link:
         where: AttachType,
         what: str,
         flags: int = 0,
-        extra: bytes = b"",
     ) -> Link:
-        request = attr(64, struct.pack("=IIII", program.fd, target, where, flags) + extra)
+        request = attr(64, struct.pack("=IIII", program.fd, target, where, flags))
         return cls(bpf(Command.LINK_CREATE, request, f"cannot attach {what}"))
 
     def update(self, program: Program) -> None:
         """Replace the program in one step: every packet sees the old one or the new one.
 
-        Netfilter links cannot (EINVAL). Raises KernelError.
+        Raises KernelError.
         """
         bpf(
             Command.LINK_UPDATE,
@@ -138,20 +126,15 @@ class Link:
     @property
     def info(self) -> LinkInfo:
         """What is attached where at this moment."""
-        buffer = ctypes.create_string_buffer(64)
-        request = attr(16, struct.pack("=IIQ", self.fd, len(buffer), ctypes.addressof(buffer)))
-        bpf(Command.OBJ_INFO, request, "cannot read link info")
-        type, id, program_id = struct.unpack_from("=III", buffer)
+        facts = object_info(self.fd, 64, "link")
+        type, id, program_id = struct.unpack_from("=III", facts)
         target = attach_type = 0
         if type == _LINK_CGROUP:
-            target, attach_type = struct.unpack_from("=QI", buffer, 16)
+            target, attach_type = struct.unpack_from("=QI", facts, 16)
         elif type == _LINK_TCX:
-            target, attach_type = struct.unpack_from("=II", buffer, 16)
+            target, attach_type = struct.unpack_from("=II", facts, 16)
         elif type == _LINK_XDP:
-            target, attach_type = struct.unpack_from("=I", buffer, 16)[0], AttachType.XDP
-        elif type == _LINK_NETFILTER:
-            family, hook = struct.unpack_from("=II", buffer, 16)
-            target, attach_type = family << 8 | hook, AttachType.NETFILTER
+            target, attach_type = struct.unpack_from("=I", facts, 16)[0], AttachType.XDP
         elif type == _LINK_ITER:
             attach_type = AttachType.ITER
         return LinkInfo(type, id, program_id, target, attach_type)

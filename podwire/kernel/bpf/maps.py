@@ -11,7 +11,14 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from podwire.errors import KernelError
-from podwire.kernel.bpf.syscall import Command, attr, bpf, bpf_errno, name_bytes
+from podwire.kernel.bpf.syscall import (
+    Command,
+    attr,
+    bpf,
+    bpf_errno,
+    name_bytes,
+    object_info,
+)
 
 _BATCH = 16384
 _element = struct.Struct("=IxxxxQQQ")
@@ -38,14 +45,6 @@ class MapFlag(IntFlag):
 
     NO_PREALLOC = 1
     INNER_MAP = 1 << 12
-
-
-class UpdateFlag(IntEnum):
-    """Whether an update may create (NOEXIST: must), or must find, its key."""
-
-    ANY = 0
-    NOEXIST = 1
-    EXIST = 2
 
 
 class MapInfo(NamedTuple):
@@ -116,24 +115,21 @@ class Map:
     def lookup(self, key: bytes) -> bytes | None:
         """The value, or None. For a map of maps: the id of the inner map, packed."""
         value = ctypes.create_string_buffer(self._value_size)
-        code = self._element(Command.MAP_LOOKUP, key, ctypes.addressof(value), 0)
+        code = self._element(Command.MAP_LOOKUP, key, ctypes.addressof(value))
         if code == errno.ENOENT:
             return None
         self._check(code, "look-up")
         return value.raw
 
-    def update(self, key: bytes, value: bytes, flags: UpdateFlag = UpdateFlag.ANY) -> bool:
-        """Write one entry; False when `flags` forbade it. Raises KernelError (E2BIG: full)."""
+    def update(self, key: bytes, value: bytes) -> None:
+        """Write one entry, overwriting. Raises KernelError (E2BIG: full)."""
         buffer = ctypes.create_string_buffer(value, len(value))
-        code = self._element(Command.MAP_UPDATE, key, ctypes.addressof(buffer), flags)
-        if code in (errno.EEXIST, errno.ENOENT) and flags:
-            return False
+        code = self._element(Command.MAP_UPDATE, key, ctypes.addressof(buffer))
         self._check(code, "update")
-        return True
 
     def delete(self, key: bytes) -> bool:
         """Whether the entry was there."""
-        code = self._element(Command.MAP_DELETE, key, 0, 0)
+        code = self._element(Command.MAP_DELETE, key)
         if code == errno.ENOENT:
             return False
         self._check(code, "delete")
@@ -235,13 +231,11 @@ class Map:
             if value is not None:
                 yield key, value
 
-    def _element(self, command: Command, key: bytes, value: int, flags: int) -> int:
+    def _element(self, command: Command, key: bytes, value: int = 0) -> int:
         if len(key) != self.info.key_size:
             raise ValueError(f"{self.info.name}: key of {len(key)}, not {self.info.key_size} bytes")
         buffer = ctypes.create_string_buffer(key, len(key))
-        request = attr(
-            _element.size, _element.pack(self.fd, ctypes.addressof(buffer), value, flags)
-        )
+        request = attr(_element.size, _element.pack(self.fd, ctypes.addressof(buffer), value, 0))
         return bpf_errno(command, request)[1]
 
     def _run_batch(self, command: Command, keys: bytes, values: bytes) -> tuple[int, int, int]:
@@ -271,10 +265,7 @@ class Map:
 
 def map_info(fd: int) -> MapInfo:
     """What the kernel says of a map."""
-    buffer = ctypes.create_string_buffer(88)
-    request = attr(16, struct.pack("=IIQ", fd, len(buffer), ctypes.addressof(buffer)))
-    bpf(Command.OBJ_INFO, request, "cannot read map info")
-    *numbers, name = struct.unpack_from("=6I16s", buffer)
+    *numbers, name = struct.unpack_from("=6I16s", object_info(fd, 88, "map"))
     return MapInfo(*numbers, name=name.rstrip(b"\0").decode())
 
 

@@ -94,11 +94,6 @@ class ObjectSpec:
         for name, handle in self._programs.items():
             _libbpf().bpf_program__set_autoload(handle, name in programs)
 
-    def set_type(self, program: str, type: int, attach_type: int) -> None:
-        """For sections that an old libbpf does not know (netfilter: 32, 45)."""
-        _libbpf().bpf_program__set_type(self._programs[program], type)
-        _libbpf().bpf_program__set_expected_attach_type(self._programs[program], attach_type)
-
     def set_max_entries(self, map: str, count: int) -> None:
         _check(_libbpf().bpf_map__set_max_entries(self._maps[map], count), f"size of map {map}")
 
@@ -249,8 +244,6 @@ def _libbpf() -> ctypes.CDLL:
         ("bpf_program__name", text, [pointer]),
         ("bpf_program__fd", number, [pointer]),
         ("bpf_program__set_autoload", number, [pointer, ctypes.c_bool]),
-        ("bpf_program__set_type", number, [pointer, number]),
-        ("bpf_program__set_expected_attach_type", number, [pointer, number]),
         ("bpf_program__set_log_buf", number, [pointer, pointer, ctypes.c_size_t]),
         ("bpf_map__name", text, [pointer]),
         ("bpf_map__fd", number, [pointer]),

@@ -5,12 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from podwire.kernel.bpf.syscall import Command, attr, bpf, bpf_errno
+from podwire.errors import KernelError
+from podwire.kernel.bpf.syscall import (
+    Command,
+    attr,
+    bpf,
+    bpf_errno,
+    name_bytes,
+    object_info,
+)
 
 _XDP, _XDP_HAS_FRAGS = 6, 1 << 5  # include/uapi/linux/bpf.h
+_XDP_PASS = 2
 _test_run = struct.Struct("=IIIIQQIIIIQQIII")
 
 
@@ -21,21 +29,19 @@ class ProgramInfo(NamedTuple):
     id: int
     tag: str
     name: str
-    map_ids: tuple[int, ...]
     run_time_ns: int
     run_count: int
     verified_instructions: int
 
 
 class TestRun(NamedTuple):
-    """What one BPF_PROG_TEST_RUN left: return value, packet, context, mean nanoseconds."""
+    """What one BPF_PROG_TEST_RUN left: return value, packet, context."""
 
     __test__ = False
 
     value: int
     data: bytes
     context: bytes
-    duration_ns: int
 
 
 class Program:
@@ -51,12 +57,10 @@ class Program:
     @classmethod
     def xdp_pass(cls) -> Program:
         """An XDP program that passes every packet. Raises KernelError."""
-        code = ctypes.create_string_buffer(struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0))
-        licence = ctypes.create_string_buffer(b"GPL")
-        addresses = ctypes.addressof(code), ctypes.addressof(licence)
-        fields = (_XDP, 2, *addresses, 0, 0, 0, 0, _XDP_HAS_FRAGS, b"xdp_pass")
-        request = attr(128, struct.pack("=IIQQIIQII16s", *fields))
-        return cls(bpf(Command.PROG_LOAD, request, "cannot load an XDP program"))
+        fd, code = load_constant(_XDP, _XDP_PASS, "xdp_pass", flags=_XDP_HAS_FRAGS)
+        if code:
+            raise KernelError(f"cannot load an XDP program: {os.strerror(code)}", errno=code)
+        return cls(fd)
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -66,18 +70,11 @@ class Program:
     @property
     def info(self) -> ProgramInfo:
         """Facts and counters of this moment."""
-        ids = (ctypes.c_uint32 * 64)()
-        buffer = ctypes.create_string_buffer(228)
-        struct.pack_into("=IIQ", buffer, 48, 0, len(ids), ctypes.addressof(ids))
-        request = attr(16, struct.pack("=IIQ", self.fd, len(buffer), ctypes.addressof(buffer)))
-        bpf(Command.OBJ_INFO, request, "cannot read program info")
-        type, id, tag = struct.unpack_from("=II8s", buffer)
-        run_time, run_count, _, verified = struct.unpack_from("=QQQI", buffer, 192)
-        count = min(struct.unpack_from("=I", buffer, 52)[0], len(ids))
-        name = buffer.raw[64:80].rstrip(b"\0").decode()
-        return ProgramInfo(
-            type, id, tag.hex(), name, tuple(ids[:count]), run_time, run_count, verified
-        )
+        facts = object_info(self.fd, 228, "program")
+        type, id, tag = struct.unpack_from("=II8s", facts)
+        run_time, run_count, _, verified = struct.unpack_from("=QQQI", facts, 192)
+        name = facts[64:80].rstrip(b"\0").decode()
+        return ProgramInfo(type, id, tag.hex(), name, run_time, run_count, verified)
 
     def test_run(self, data: bytes = b"", *, context: bytes = b"", repeat: int = 1) -> TestRun:
         """Run on `data` (a packet) and `context` (packed; kind depends on the program's type).
@@ -103,31 +100,29 @@ class Program:
             fields[1],
             data_out.raw[: fields[3]] if data_out else b"",
             context_out.raw if context_out and data else (context_in.raw if context_in else b""),
-            fields[7],
         )
 
 
-def program_ids() -> Iterator[int]:
-    """Ids of all programs of the machine."""
-    return _ids(Command.PROG_NEXT_ID)
-
-
-def link_ids() -> Iterator[int]:
-    """Ids of all links of the machine."""
-    return _ids(Command.LINK_NEXT_ID)
+def load_constant(type: int, value: int, name: str, *, flags: int = 0) -> tuple[int, int]:
+    """Load a program that only returns `value`: ``(descriptor, 0)``, or ``(-1, errno)``."""
+    # r0 = value; exit
+    code = ctypes.create_string_buffer(struct.pack("=BBhiBBhi", 0xB7, 0, 0, value, 0x95, 0, 0, 0))
+    licence = ctypes.create_string_buffer(b"GPL")
+    instructions = len(code) // 8
+    request = attr(
+        128,
+        struct.pack(
+            "=IIQQIIQII16s",
+            *(type, instructions, ctypes.addressof(code), ctypes.addressof(licence)),
+            *(0, 0, 0, 0, flags, name_bytes(name)),
+        ),
+    )
+    return bpf_errno(Command.PROG_LOAD, request)
 
 
 def statistics() -> int:
     """Turn on run counts and times for all programs while the returned descriptor is open."""
     return bpf(Command.ENABLE_STATS, attr(4, struct.pack("=I", 0)), "cannot enable statistics")
-
-
-def _ids(command: Command) -> Iterator[int]:
-    request = attr(12, b"")
-    while bpf_errno(command, request)[1] == 0:
-        id = struct.unpack_from("=I", request, 4)[0]
-        yield id
-        struct.pack_into("=I", request, 0, id)
 
 
 def _address(buffer: ctypes.Array[ctypes.c_char] | None) -> int:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import platform
+import struct
 from enum import IntEnum
 
 from podwire.errors import KernelError
@@ -30,8 +31,6 @@ class Command(IntEnum):
     OBJ_PIN = 6
     OBJ_GET = 7
     PROG_TEST_RUN = 10
-    PROG_NEXT_ID = 11
-    MAP_NEXT_ID = 12
     PROG_FD_BY_ID = 13
     MAP_FD_BY_ID = 14
     OBJ_INFO = 15
@@ -41,7 +40,6 @@ class Command(IntEnum):
     LINK_CREATE = 28
     LINK_UPDATE = 29
     LINK_FD_BY_ID = 30
-    LINK_NEXT_ID = 31
     ENABLE_STATS = 32
     ITER_CREATE = 33
     LINK_DETACH = 34
@@ -64,6 +62,17 @@ def bpf(command: Command, attr: ctypes.Array[ctypes.c_char], what: str) -> int:
     if code:
         raise KernelError(f"{what}: {os.strerror(code)}", errno=code)
     return result
+
+
+def object_info(fd: int, size: int, what: str) -> bytes:
+    """The first `size` bytes of what the kernel tells of a map, program or link.
+
+    Raises KernelError that says `what` cannot be read.
+    """
+    buffer = ctypes.create_string_buffer(size)
+    request = attr(16, struct.pack("=IIQ", fd, size, ctypes.addressof(buffer)))
+    bpf(Command.OBJ_INFO, request, f"cannot read {what} info")
+    return buffer.raw
 
 
 def attr(size: int, packed: bytes) -> ctypes.Array[ctypes.c_char]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import struct
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from podwire.kernel import netlink
-from podwire.net import Address, Protocol
+from podwire.net import Address, Protocol, address_family
 
 SUBSYSTEM = 1 << 8  # NFNL_SUBSYS_CTNETLINK
 
@@ -117,7 +116,7 @@ class Tuple(NamedTuple):
 
     @property
     def family(self) -> int:
-        return socket.AF_INET if len(self.source) == 4 else socket.AF_INET6
+        return address_family(self.source)
 
     def reversed(self) -> Tuple:
         """The reply of an entry without NAT. Only for protocols with ports."""

@@ -25,7 +25,6 @@ from podwire.kernel.ctnetlink.entries import (
 )
 from podwire.kernel.ctnetlink.filters import EVERYTHING, Filter
 
-_DONE, _ERROR = 3, 2
 _RECEIVE_BYTES = 65536  # the kernel fills at most 32 kB of it
 _PROC_STAT = Path("/proc/net/stat/nf_conntrack")
 _REPEATED = frozenset({"entries"})  # the same figure on every CPU's line
@@ -143,15 +142,15 @@ class Table:
     def _dump(self, body: bytes) -> Iterator[bytes]:
         sequence = 1
         flags = netlink.NLM_F_REQUEST | netlink.NLM_F_DUMP
-        done = struct.pack("=IHHI", 20, _DONE, 2, sequence)
+        done = struct.pack("=IHHI", 20, netlink.NLMSG_DONE, 2, sequence)
         with netns.socket(
             self._netns, socket.AF_NETLINK, socket.SOCK_RAW, netlink.NETFILTER
         ) as sock:
             sock.send(netlink.message(Message.GET, flags, sequence, body))
             while True:
                 datagram = sock.recv(_RECEIVE_BYTES)
-                kind = datagram[4] | datagram[5] << 8 if len(datagram) >= 16 else _DONE
-                if kind in (_ERROR, _DONE):
+                kind = datagram[4] | datagram[5] << 8 if len(datagram) >= 16 else netlink.NLMSG_DONE
+                if kind in (netlink.NLMSG_ERROR, netlink.NLMSG_DONE):
                     (code,) = struct.unpack_from("=i", datagram, 16)
                     if code:
                         raise _refused("list the connection table", -code)

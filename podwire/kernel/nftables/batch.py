@@ -15,13 +15,8 @@ from podwire.kernel import netlink, netns
 SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
 _BEGIN, _END = 0x10, 0x11
 
-_NLMSG_ERROR = 2
-_NLMSGERR_ATTR_MSG, _NLMSGERR_ATTR_OFFS = 1, 2
-_NLM_F_ACK_TLVS = 0x200
-_SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_NLMSGERR_ATTR_OFFS = 2
 
-_HEADER_BYTES = 16
 _RECEIVE_BYTES = 1 << 18
 _SEND_BUFFER = 1 << 30
 _RECEIVE_BUFFER = 8 << 20
@@ -68,10 +63,10 @@ class BatchSocket:
 
     def __init__(self, netns_fd: int | None) -> None:
         self._socket = netns.socket(netns_fd, socket.AF_NETLINK, socket.SOCK_RAW, netlink.NETFILTER)
-        self._socket.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)
-        self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER)
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
+        self._socket.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_EXT_ACK, 1)
+        self._socket.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_CAP_ACK, 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, netlink.SO_SNDBUFFORCE, _SEND_BUFFER)
+        self._socket.setsockopt(socket.SOL_SOCKET, netlink.SO_RCVBUFFORCE, _RECEIVE_BUFFER)
         self._sequence = 0
 
     def close(self) -> None:
@@ -102,7 +97,7 @@ class BatchSocket:
         while True:
             datagram = self._socket.recv(_RECEIVE_BYTES)
             for kind, flags, sequence, body in netlink.messages(datagram):
-                if kind != _NLMSG_ERROR or not first <= sequence <= last + 1:
+                if kind != netlink.NLMSG_ERROR or not first <= sequence <= last + 1:
                     continue
                 (code,) = _S32.unpack_from(body)
                 if code:
@@ -126,14 +121,14 @@ def _edge(kind: int, sequence: int) -> bytes:
 
 
 def _refusal(index: int, errno: int, flags: int, body: bytes) -> Refusal:
-    if not flags & _NLM_F_ACK_TLVS:
+    if not flags & netlink.NLM_F_ACK_TLVS:
         return Refusal(index, errno, "", None)
     # After the code and the refused message's header.
-    notes = netlink.attributes(body, _S32.size + _HEADER_BYTES)
+    notes = netlink.attributes(body, _S32.size + netlink.HEADER_BYTES)
     offset = netlink.number(notes[_NLMSGERR_ATTR_OFFS]) if _NLMSGERR_ATTR_OFFS in notes else None
     return Refusal(
         index,
         errno,
-        netlink.string(notes.get(_NLMSGERR_ATTR_MSG, b"")),
-        None if offset is None else offset - _HEADER_BYTES,
+        netlink.string(notes.get(netlink.NLMSGERR_ATTR_MSG, b"")),
+        None if offset is None else offset - netlink.HEADER_BYTES,
     )
