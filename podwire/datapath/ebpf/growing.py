@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from podwire.datapath.ebpf.layout import NUMBER
 from podwire.errors import KernelError
@@ -60,26 +60,6 @@ class GrowingMap:
         old, self.map = self.map, new
         self._put()
         return old
-
-    def stage(self, slot: int, entries: Mapping[bytes, bytes]) -> Callable[[], None]:
-        """Put a map with these entries into another slot, for programs to turn to.
-
-        Returns what makes it the one in force, and forgets the other.
-        """
-        new = self.make(max(self.capacity, len(entries) + len(entries) // 4))
-        try:
-            new.update_batch(entries.items())
-            self._outer.update(NUMBER.pack(slot), NUMBER.pack(new.fd))
-        except KernelError:
-            new.close()
-            raise
-
-        def commit() -> None:
-            self._outer.delete(self._slot)
-            self.map.close()
-            self.map, self._slot, self._count = new, NUMBER.pack(slot), len(entries)
-
-        return commit
 
     def write(self, entries: Mapping[bytes, bytes], added: int) -> None:
         """Write entries, of which `added` have keys that the map does not hold yet."""

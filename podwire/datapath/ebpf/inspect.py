@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from podwire.datapath.ebpf import pinned
-from podwire.datapath.ebpf.programs import outcomes
+from podwire.datapath.ebpf.layout import NUMBER, SETTINGS
+from podwire.datapath.ebpf.programs import POLICY_MAPS, outcomes
 from podwire.kernel import link as links
 from podwire.kernel import netns
 from podwire.kernel.bpf import AttachType, Map, MapType, Program, features, pins
@@ -115,27 +116,40 @@ def layout(place: Place) -> int:
 
 
 def map_states(place: Place) -> Iterator[MapState]:
-    """How full the maps are; of maps that grow, the one in force."""
+    """How full the maps are; of maps that grow, the one in force, with the memory of all."""
     folder = pinned.maps_folder(place.folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         outer = pins.open_map(path)
         if outer is None:
             continue
-        grows = outer.info.type == MapType.ARRAY_OF_MAPS
-        slot = next((slot for slot, _ in outer.items()), b"") if grows else b""
-        inner = outer.inner(slot) if slot else None if grows else outer
-        if inner is not None:
-            yield _map_state(place.node, path.name, inner, grows)
-            inner.close()
+        if outer.info.type == MapType.ARRAY_OF_MAPS:
+            slots = [slot for slot, _ in outer.items()]
+            inners = {slot: inner for slot in slots if (inner := outer.inner(slot)) is not None}
+            memory = sum(inner.memory for inner in inners.values())
+            inner = inners.get(_slot_in_force(folder, path.name))
+            if inner is not None:
+                yield _map_state(place.node, path.name, inner, "grows", memory)
+            for each in inners.values():
+                each.close()
+        else:
+            full = _FULL.get(MapType(outer.info.type), "")
+            yield _map_state(place.node, path.name, outer, full, outer.memory)
         outer.close()
 
 
-def _map_state(node: str, name: str, map: Map, grows: bool) -> MapState:
+def _slot_in_force(maps: Path, name: str) -> bytes:
+    settings = pins.open_map(maps / "settings") if name in POLICY_MAPS else None
+    if settings is None:
+        return NUMBER.pack(0)
+    held = settings.lookup(NUMBER.pack(0))
+    settings.close()
+    return NUMBER.pack(SETTINGS.unpack(held)[-1] if held else 0)
+
+
+def _map_state(node: str, name: str, map: Map, full: str, memory: int) -> MapState:
     kind = MapType(map.info.type)
     held = None if kind in _KEYLESS else sum(1 for _ in map.items())
-    full = "grows" if grows else _FULL.get(kind, "")
-    room = map.info.max_entries
-    return MapState(node, name, kind.name.lower(), held, room, full, map.memory)
+    return MapState(node, name, kind.name.lower(), held, map.info.max_entries, full, memory)
 
 
 def program_states(place: Place, watch_s: float) -> list[ProgramState]:

@@ -1,9 +1,9 @@
 """Policies on eBPF: the table's boxes as entries of one longest-prefix map.
 
 A rule set's outcome for an identity is a few entries, keyed (rule set, identity, protocol, port
-prefix); an address finds its identity in another map, a pod its rule sets in a third. New rule sets
-are written before a pod names them, so that no packet is judged by half of one. A fourth map says
-which identity the tag means that packets of other nodes bear.
+prefix); an address finds its identity in another map, a pod its rule sets in a third. A fourth map
+says which identity the tag means that packets of other nodes bear. `policy_maps` writes them so
+that no packet is judged by half of a change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from podwire.datapath import Requirement
 from podwire.datapath.counts import PolicyCount
 from podwire.datapath.ebpf.connections import Connections
-from podwire.datapath.ebpf.growing import GrowingMap
 from podwire.datapath.ebpf.layout import (
     NUMBER,
     PREFIX_KEY,
@@ -25,7 +24,8 @@ from podwire.datapath.ebpf.layout import (
     mapped_length,
 )
 from podwire.datapath.ebpf.pods import set_plain, write_interface
-from podwire.datapath.ebpf.programs import POLICY_MAPS, Programs
+from podwire.datapath.ebpf.policy_maps import Change, PolicyMaps
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.rulings import Ruling, Rulings, ruling_of
 from podwire.errors import KernelError
 from podwire.kernel import link as links
@@ -33,6 +33,7 @@ from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address, Protocol, range_to_prefixes
 from podwire.policy import Endpoint, PolicyTable, Verdict
 from podwire.policy.rulesets import RuleSet
+from podwire.policy.table import PolicyDelta
 from podwire.policy.tags import TagIndex, tag
 from podwire.policy.verdicts import Outcome, Verdicts
 
@@ -60,6 +61,7 @@ class PolicyPart:
         self._table: PolicyTable | None = None
         self._tags = TagIndex("")
         self._rulings = Rulings(self._programs)
+        self._maps = PolicyMaps(self._programs)
 
     def close(self) -> None:
         """Let go of programs of its own; what is attached goes on."""
@@ -86,56 +88,63 @@ class PolicyPart:
 
     def _apply(self, table: PolicyTable) -> None:
         old, self._table = self._table, table
-        growing = self._programs.growing
         if old is None or old.cluster != table.cluster:
-            self._tags = TagIndex(table.cluster)
-            self._tags.change(table.identities, table.identities)
-            entries = self._spell(table)
-            self._rulings.adopt(table)
-            known = growing["subjects"].read()
-            self._attach(
-                (each for each in table.endpoints.values() if _is_judged(each)),
-                lambda each: not any(mapped(address) in known for address in each.addresses),
-            )
-            if any(growing[kind].read() != entries[kind] for kind in POLICY_MAPS):
-                self._programs.replace_policies(entries)
-            self._attach(each for each in table.endpoints.values() if not _is_judged(each))
+            self._write_whole(table)
             return
         delta = table.delta(old)
         changed = [table.endpoints[pod] for pod in delta.endpoints if pod in table.endpoints]
         gone = [old.endpoints[pod] for pod in delta.endpoints if pod in old.endpoints]
-        rules = (
-            self._rule_entries(old, delta.rule_sets),
-            self._rule_entries(table, delta.rule_sets),
-        )
-        identities = (
-            (_identities(old), _identities(table))
-            if delta.intervals
-            else (_exact(old, delta.addresses), _exact(table, delta.addresses))
-        )
-        meanings = self._tags.change(delta.identities, table.identities)
-        tags = _meanings(meanings[0]), _meanings(meanings[1])
-        subjects = _subjects(old, gone), _subjects(table, changed)
+        change = self._change(old, table, delta)
         self._rulings.write(table)
-        _write(growing["rules"], *rules)
-        _write(growing["identities"], *identities)
-        _write(growing["tags"], *tags)
+        self._maps.prepare(change, apart=_is_apart(old, table, delta, change["rules"]))
         self._attach(each for each in changed if _is_judged(each))
-        _write(growing["subjects"], *subjects)
+        self._maps.commit()
         self._attach(each for each in changed if not _is_judged(each))
         if "pods" not in self._programs.features:  # else those who know the pods' links do it
             for each in gone:
                 kept = table.endpoints[each.pod].addresses if each.pod in table.endpoints else ()
                 self.connections.depart(set(each.addresses).difference(kept))
             self.connections.arrive(address for each in changed for address in each.addresses)
-        _delete(growing["subjects"], *subjects)
-        _delete(growing["tags"], *tags)
-        _delete(growing["identities"], *identities)
-        _delete(growing["rules"], *rules)
+        self._maps.finish()
         self._rulings.forget(table)
 
+    def _write_whole(self, table: PolicyTable) -> None:
+        """An earlier process gave rule sets and identities other numbers."""
+        self._tags = TagIndex(table.cluster)
+        self._tags.change(table.identities, table.identities)
+        entries = self._spell(table)
+        self._rulings.adopt(table)
+        known = self._programs.growing["subjects"].read()
+        self._attach(
+            (each for each in table.endpoints.values() if _is_judged(each)),
+            lambda each: not any(mapped(address) in known for address in each.addresses),
+        )
+        self._maps.replace(entries)
+        self._attach(each for each in table.endpoints.values() if not _is_judged(each))
+
+    def _change(self, old: PolicyTable, table: PolicyTable, delta: PolicyDelta) -> Change:
+        """For each map, those of its entries that may differ: before and after."""
+        changed = [table.endpoints[pod] for pod in delta.endpoints if pod in table.endpoints]
+        gone = [old.endpoints[pod] for pod in delta.endpoints if pod in old.endpoints]
+        meanings = self._tags.change(delta.identities, table.identities)
+        return {
+            "rules": (
+                self._rule_entries(old, delta.rule_sets),
+                self._rule_entries(table, delta.rule_sets),
+            ),
+            "identities": (
+                (_identities(old), _identities(table))
+                if delta.intervals
+                else (_exact(old, delta.addresses), _exact(table, delta.addresses))
+            ),
+            "tags": (_meanings(meanings[0]), _meanings(meanings[1])),
+            "subjects": (_subjects(old, gone), _subjects(table, changed)),
+        }
+
     def flush(self) -> None:
-        """Nothing waits."""
+        """Let the slot that is not in force catch up, so that the next change finds it ready."""
+        with self._programs.lock:
+            self._maps.catch_up()
 
     def verify(self) -> list[str]:
         """Compare the maps with the table, repair, and name each repair."""
@@ -146,11 +155,8 @@ class PolicyPart:
         if self._table is None:
             return []
         self._attach(self._table.endpoints.values())
-        repairs: list[str] = []
-        for kind, wanted in self._spell(self._table).items():
-            if wrong := self._programs.growing[kind].replace(wanted):
-                repairs.append(f"{wrong} entries of map {kind}")
-        return repairs
+        wrong = self._maps.repair(self._spell(self._table))
+        return [f"{count} entries of map {kind}" for kind, count in wrong.items()]
 
     def cleanup(self) -> None:
         """Detach and remove everything of this node."""
@@ -248,14 +254,29 @@ def _is_judged(endpoint: Endpoint) -> bool:
     return bool(endpoint.ingress or endpoint.egress)
 
 
-def _write(growing: GrowingMap, old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> None:
-    """Write what is new or differs; what only `old` has is left."""
-    changed = {key: value for key, value in new.items() if old.get(key) != value}
-    growing.write(changed, len(new.keys() - old.keys()))
+def _is_apart(
+    old: PolicyTable,
+    table: PolicyTable,
+    delta: PolicyDelta,
+    rules: tuple[Mapping[bytes, bytes], Mapping[bytes, bytes]],
+) -> bool:
+    """Whether the change is about pods that come or go, and what has a number of its own: then no
+    packet is judged by two of the entries of which one is written and the other is not yet.
+    """
+    before, after = rules
+    return (
+        not delta.intervals
+        and not any(pod in old.endpoints and pod in table.endpoints for pod in delta.endpoints)
+        and not any(each in old.addresses and each in table.addresses for each in delta.addresses)
+        and all(_is_unknown(old, key) for key in after if before.get(key) != after[key])
+        and all(_is_unknown(table, key) for key in before.keys() - after.keys())
+    )
 
 
-def _delete(growing: GrowingMap, old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> None:
-    growing.delete(list(old.keys() - new.keys()))
+def _is_unknown(table: PolicyTable, key: bytes) -> bool:
+    """Whether a rule's rule set or identity is none of the table's; numbers are not given twice."""
+    _, rule_set, identity, *_ = RULE_KEY.unpack(key)
+    return rule_set not in table.rule_sets or bool(identity and identity not in table.identities)
 
 
 def _subjects(table: PolicyTable, endpoints: Iterable[Endpoint]) -> dict[bytes, bytes]:

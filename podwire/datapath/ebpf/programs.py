@@ -128,6 +128,7 @@ class Programs:
         self._policies = 0
         self.maps: dict[str, Map] = {}
         self.growing: dict[str, GrowingMap] = {}
+        self._spare: dict[str, GrowingMap] = {}
         self.connections = Connections(self, self._room.get("connections", LIMIT))
         self._housekeeping = Housekeeping(netns_fd, self._keep_house, self._follow_links)
         self.lock = threading.RLock()
@@ -298,16 +299,21 @@ class Programs:
         after = (*before[:3], self._overlay, self._phase, self._policies)
         self.maps["settings"].update(NUMBER.pack(0), SETTINGS.pack(*after))
 
-    def replace_policies(self, entries: Mapping[str, Mapping[bytes, bytes]]) -> None:
-        """Judge by these entries of `POLICY_MAPS` from one packet to the next."""
+    def spare_policies(self) -> dict[str, GrowingMap]:
+        """The maps of the slot that is not in force, with whatever they hold."""
+        for name in POLICY_MAPS:
+            if name not in self._spare:
+                self._spare[name] = self._growing_map(name, 1 - self._policies)
+        return self._spare
+
+    def turn_policies(self) -> None:
+        """Judge by the other slot, from one packet to the next."""
         with self.lock:
-            slot = 1 - self._policies
-            commits = [self.growing[name].stage(slot, entries[name]) for name in POLICY_MAPS]
-            self._policies = slot
+            spare = self.spare_policies()
+            self._spare = {name: self.growing[name] for name in POLICY_MAPS}
+            self.growing.update(spare)
+            self._policies = 1 - self._policies
             self._change_settings()
-            self.growing["connections"].settle()  # no packet is judged by the others any more
-            for commit in commits:
-                commit()
 
     def outcomes(self) -> dict[str, int]:
         """Packets by what became of them, since the maps were made."""
@@ -320,9 +326,9 @@ class Programs:
             for loaded in self._objects.values():
                 loaded.close()
             self._attachments.close()
-            for growing in self.growing.values():
+            for growing in (*self.growing.values(), *self._spare.values()):
                 growing.map.close()
-            self._objects, self.maps, self.growing = {}, {}, {}
+            self._objects, self.maps, self.growing, self._spare = {}, {}, {}, {}
             self._features.clear()
             self._migration = None
 
@@ -394,12 +400,11 @@ class Programs:
         self.maps = {name: map for o in loaded.values() for name, map in o.maps.items()}
         *_, self._overlay, phase, self._policies = self._read_settings()
         self._phase = Phase(phase)
-        for name, (kind, key, value, entries) in _GROWING.items():
-            size = self._capacity if name == "connections" else entries
-            slot = self._policies if name in POLICY_MAPS else 0
-            if name in self.growing:
-                self.growing[name].map.close()
-            self.growing[name] = GrowingMap(name, self.maps[name], kind, key, value, size, slot)
+        for growing in (*self.growing.values(), *self._spare.values()):
+            growing.map.close()
+        slots = {name: self._policies if name in POLICY_MAPS else 0 for name in _GROWING}
+        self.growing = {name: self._growing_map(name, slot) for name, slot in slots.items()}
+        self._spare = {name: self._growing_map(name, 1 - slots[name]) for name in self._spare}
         for name in self._migration.converted - _MADE_BY_PROGRAMS:
             self.growing[name].replace(self._migration.convert(name))
         self._resume()
@@ -409,6 +414,11 @@ class Programs:
             self._attach()
         for old in before.values():
             old.close()
+
+    def _growing_map(self, name: str, slot: int) -> GrowingMap:
+        kind, key, value, entries = _GROWING[name]
+        size = self._capacity if name == "connections" else entries
+        return GrowingMap(name, self.maps[name], kind, key, value, size, slot)
 
     def _resume(self) -> None:
         """Go on where a process that died stopped."""
