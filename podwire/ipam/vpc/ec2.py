@@ -164,7 +164,10 @@ class Ec2:
 
 
 class LateInvoke:
-    """`boto_invoke` for a region that becomes known later. Raises Unsupported without boto3."""
+    """`boto_invoke` for a region that becomes known later, and once credentials are to be had.
+
+    Raises Unsupported without boto3.
+    """
 
     def __init__(self, endpoint_url: str = "") -> None:
         _need_boto3()
@@ -186,12 +189,14 @@ def _need_boto3() -> None:
 def boto_invoke(region: str, endpoint_url: str = "", timeout_s: float = 15.0) -> Invoke:
     """The transport through boto3, each request in a thread. Raises Unsupported without boto3.
 
-    Credentials come from boto3's own chain (environment, web identity, instance role).
+    Credentials come from boto3's own chain (environment, web identity, instance role). Raises
+    CloudError while it has none: a client that is made without them never asks for them again.
     """
     _need_boto3()
     import boto3
     import botocore.config
     import botocore.exceptions
+    import botocore.session
 
     config = botocore.config.Config(
         connect_timeout=5,
@@ -200,7 +205,17 @@ def boto_invoke(region: str, endpoint_url: str = "", timeout_s: float = 15.0) ->
         parameter_validation=False,
         max_pool_connections=16,
     )
-    session: Any = boto3.session.Session()
+    core: Any = botocore.session.get_session()
+    # one second and one try, as boto3 has it, is too little for a node that has just booted
+    core.set_config_variable("metadata_service_timeout", 5)
+    core.set_config_variable("metadata_service_num_attempts", 3)
+    session: Any = boto3.session.Session(botocore_session=core)
+    try:
+        credentials = session.get_credentials()
+    except botocore.exceptions.BotoCoreError as error:
+        raise CloudError(str(error), operation="credentials") from None
+    if credentials is None:
+        raise CloudError("none found: no instance role answers", operation="credentials")
     client: Any = session.client(
         "ec2", region_name=region, endpoint_url=endpoint_url or None, config=config
     )

@@ -14,7 +14,7 @@ from aiohttp import web
 from botocore.exceptions import ClientError
 
 from podwire.ipam.vpc.cloud import CloudError, NewEni
-from podwire.ipam.vpc.ec2 import Ec2, boto_invoke
+from podwire.ipam.vpc.ec2 import Ec2, LateInvoke, boto_invoke
 from podwire.ipam.vpc.imds import Imds
 from podwire.lab.cloud.faults import Fault
 from podwire.lab.cloud.server import Cloud, ec2_app, imds_app, serve
@@ -233,3 +233,23 @@ def test_a_service_that_is_away_is_an_error_with_its_path() -> None:
             await imds.close()
 
     asyncio.run(play())
+
+
+def test_credentials_that_come_late_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that was made without them would never sign a request."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1")  # nobody
+
+    async def play(_cloud: Cloud, url: str, metadata: str) -> None:
+        invoke = LateInvoke(url)
+        invoke.region = "lab-1"
+        with pytest.raises(CloudError, match="credentials: none") as caught:
+            await Ec2(invoke).find_enis({})
+        assert caught.value.unanswered
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", metadata)
+        assert len(await Ec2(invoke).find_enis({})) == 1
+
+    with_cloud(play)
