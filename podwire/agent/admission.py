@@ -32,11 +32,13 @@ class Admission:
         loop: Loop,
         store: Store,
         synced: Callable[[], bool],
+        ending: Callable[[], bool],
         compiler: PolicyCompiler,
         sync: Sync[PolicyTable],
     ) -> None:
+        """`ending`: whether the agent has been told to stop, so that nobody waits any longer."""
         self._main = asyncio.get_running_loop()
-        self._loop, self._store, self._synced = loop, store, synced
+        self._loop, self._store, self._synced, self._ending = loop, store, synced, ending
         self._compiler, self._sync = compiler, sync
 
     def restore(self, attachments: Sequence[Attachment]) -> None:
@@ -64,11 +66,9 @@ class Admission:
         pod = attachment.pod
         until = time.monotonic() + OBJECT_WAIT_S
         while not self._known(attachment):
-            if time.monotonic() > until:
+            if time.monotonic() > until or self._ending():
                 raise CniError(
-                    TRY_AGAIN,
-                    f"the policies of pod {pod} cannot be known yet: "
-                    + ("the pod's object has not come" if self._synced() else "the API is away"),
+                    TRY_AGAIN, f"the policies of pod {pod} cannot be known yet: {self._why()}"
                 )
             await asyncio.sleep(0.01)
         self._compiler.attach(_policy_attachment(attachment))
@@ -81,6 +81,11 @@ class Admission:
         if found is None or not self._synced():
             return False
         return not attachment.pod.uid or found.metadata.uid == attachment.pod.uid
+
+    def _why(self) -> str:
+        if self._ending():
+            return "the agent ends"
+        return "the pod's object has not come" if self._synced() else "the API is away"
 
     async def _dismiss(self, attachment: Attachment) -> None:
         self._compiler.detach((attachment.pod.namespace, attachment.pod.name))

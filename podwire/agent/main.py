@@ -31,6 +31,7 @@ from podwire.agent.loop import Loop
 from podwire.agent.machine import Machine
 from podwire.agent.metrics import Metrics
 from podwire.agent.options import Options
+from podwire.agent.pods import Pods
 from podwire.agent.sync import Sync
 from podwire.agent.sync_metrics import SyncCollector
 from podwire.agent.watch import KernelWatch, Watcher
@@ -67,6 +68,7 @@ class Agent:
         self._objects_changed = asyncio.Event()
         self._stop = asyncio.Event()
         self._loop: Loop | None = None
+        self._pods: Pods | None = None
         self._machine = Machine(())
         self._syncs: list[Sync[Any]] = []
         self._more_reasons: list[Callable[[], list[str]]] = []
@@ -94,6 +96,7 @@ class Agent:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.control.stop)
             stack.push_async_callback(endpoints.stop)
+            stack.push_async_callback(self._leave_pods)
             client = self.client = await stack.enter_async_context(Client(config))
             await endpoints.start(
                 self.options.healthz_bind_address, self.options.metrics_bind_address
@@ -107,12 +110,23 @@ class Agent:
             await self.control.start()
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self.reflector.run())]
-                tasks.append(group.create_task(self._serve(stack, client, known)))
+                tasks.append(group.create_task(self._serve(client, known)))
                 await self._stop.wait()
+                await self._end_calls()
                 for task in tasks:
                     task.cancel()
         event(log, logging.INFO, "stopped", node=self.options.node_name)
         return 1 if self._restart else 0
+
+    async def _end_calls(self) -> None:
+        """CNI calls under way come to their end, for which they need this loop; then no more."""
+        if self._pods is not None:
+            await asyncio.to_thread(self._pods.stop)
+
+    async def _leave_pods(self) -> None:
+        await self._end_calls()  # a part that failed ended us, nobody has done it yet
+        if self._pods is not None:
+            self._pods.close()
 
     def _selections(self) -> list[Kind | Selection[Any]]:
         """kube-proxy's: Services of other proxies and headless slices are none of ours."""
@@ -129,7 +143,7 @@ class Agent:
         if self._loop is not None:
             self._loop.wake()
 
-    async def _serve(self, stack: contextlib.AsyncExitStack, client: Client, known: bool) -> None:
+    async def _serve(self, client: Client, known: bool) -> None:
         # the kernel verifies programs on another core while the lists come in
         datapath = await asyncio.to_thread(DataPath, self.options)
         node = await self._own_node()
@@ -152,7 +166,7 @@ class Agent:
         )
         cni = None
         if built.cni is not None:
-            cni = built.cni(self._loop, self.store, self._synced)
+            cni = built.cni(self._loop, self.store, self._synced, self._stop.is_set)
             cni.observe = self._cni_called
         built.serve(self.control, self.store, self._loop)
         self._loop.wake()
@@ -162,8 +176,8 @@ class Agent:
         self._ready = True
         await self._take_over(built.datapath)
         if cni is not None:
+            self._pods = cni
             await asyncio.to_thread(cni.start)
-            stack.callback(cni.stop)
         event(log, logging.INFO, "ready", node=self.options.node_name, datapath=built.datapath.name,
               parts=",".join(sync.name for sync in self._syncs), version=__version__)  # fmt: skip
         async with asyncio.TaskGroup() as group:

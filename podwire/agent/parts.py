@@ -75,7 +75,7 @@ class Built:
     datapath: DataPath
     syncs: list[Sync[Any]] = field(default_factory=list[Sync[Any]])
     requirements: list[Requirement] = field(default_factory=list[Requirement])
-    cni: Callable[[Loop, Store, Callable[[], bool]], Pods] | None = None
+    cni: Callable[[Loop, Store, Callable[[], bool], Callable[[], bool]], Pods] | None = None
     serving: list[Callable[[ControlServer, Store, Loop], None]] = field(
         default_factory=list[Callable[[ControlServer, Store, Loop], None]]
     )
@@ -288,7 +288,9 @@ def _add_cni(
     routes = next((s.path for s in built.syncs if isinstance(s.path, NodeRoutes)), None)
     vpc = _vpc_mode(options) if options.wiring == "vpc" else None
 
-    def make(loop: Loop, store: Store, synced: Callable[[], bool]) -> Pods:
+    def make(
+        loop: Loop, store: Store, synced: Callable[[], bool], ending: Callable[[], bool]
+    ) -> Pods:
         def config() -> NodeConfig:
             own = store.get(Node, ("", options.node_name)) or node
             return NodeConfig(
@@ -303,7 +305,7 @@ def _add_cni(
 
         gate: Gate | None = None
         if policy is not None:
-            gate = Admission(loop, store, synced, policy.compiler, policy.sync)
+            gate = Admission(loop, store, synced, ending, policy.compiler, policy.sync)
         if built.datapath.programs is not None:
             gate = ebpf.EbpfGate(built.datapath.programs, gate)
         pods = Pods(options, config, gate, vpc)

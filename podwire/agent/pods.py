@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,7 +58,9 @@ class Pods:
         vpc: VpcMode | None = None,
     ) -> None:
         self._options = options
+        self._vpc = vpc
         self._serving = False
+        self._turn = threading.Lock()  # an agent may be told to stop while it starts
         self._state = State(options.state_dir / assembly.STATE_FILE)
         self.guard = _guard(options.wiring)
         if gate is not None:
@@ -86,15 +89,25 @@ class Pods:
 
     def start(self) -> None:
         """Serve, and only then tell the runtime that there is a network."""
-        self._server.start()
-        self._serving = True
-        conflist.write_conflist(self._options.cni_conf_dir)
+        with self._turn:
+            self._server.start()
+            self._serving = True
+            conflist.write_conflist(self._options.cni_conf_dir)
         event(log, logging.INFO, "pods are served", conflist=self._options.cni_conf_dir)
 
     def stop(self) -> None:
-        """The configuration stays: DELs are left for the next agent, ADDs are told to try again."""
-        self._serving = False
-        self._server.stop()
+        """The configuration stays: DELs are left for the next agent, ADDs are told to try again.
+
+        Waits for calls under way, and they for the agent's loop: to be called in a thread.
+        """
+        with self._turn:
+            self._serving = False
+            if self._vpc is not None:
+                self._vpc.pool.dismiss()
+            self._server.stop()
+
+    def close(self) -> None:
+        """Nobody asks any more, also not who has which address."""
         self._state.close()
 
     def watchers(self) -> list[Watcher]:

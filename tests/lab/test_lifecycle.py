@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -179,3 +181,35 @@ def test_an_agent_that_dies_interrupts_no_pod(make_lab: Callable[..., Lab]) -> N
     lab.control("start", process="agent-node1")
     lab.wait()
     assert seen_by(lab, "a", "b")["pod"] == "b"
+
+
+def test_an_agent_that_stops_answers_the_call_it_is_busy_with(
+    make_lab: Callable[..., Lab], make_netns: Callable[[], int], tmp_path: Path
+) -> None:
+    lab = make_lab(nodes=1)
+    config = tmp_path / "config"
+    config.write_text('{"cniVersion": "1.1.0", "name": "podwire", "type": "podwire"}')
+    links = "ip -o link | grep -c master"
+    before = int(lab.run("node/node1", links).stdout)
+    add = subprocess.Popen(
+        [lab.dir.path / "bin" / "podwire"],
+        preexec_fn=lab.place("node/node1").enter,
+        env={
+            "CNI_COMMAND": "ADD",
+            "CNI_CONTAINERID": "waits",
+            "CNI_NETNS": f"/proc/{os.getpid()}/fd/{make_netns()}",
+            "CNI_IFNAME": "eth0",
+            "CNI_PATH": str(lab.dir.path / "bin"),
+            "CNI_ARGS": "K8S_POD_NAMESPACE=default;K8S_POD_NAME=nobody-knows-it",
+            "PODWIRE_CNI_SOCKET": str(lab.dir.run_dir("node1") / "cni.sock"),
+        },
+        stdin=config.open(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with add:
+        wait_for(lambda: int(lab.run("node/node1", links).stdout) == before + 1)
+        lab.control("stop", process="agent-node1")
+        answer = json.loads(add.communicate()[0])
+    assert (answer["code"], "the agent ends" in answer["msg"]) == (11, True), answer
+    assert int(lab.run("node/node1", links).stdout) == before

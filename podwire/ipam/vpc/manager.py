@@ -37,6 +37,7 @@ OwnerT = TypeVar("OwnerT", bound=Hashable)
 GATHER_S = 0.02  # ADDs that come together are one request
 REFILL_S = 1.0  # what is only kept warm may wait for more of its kind
 PATIENCE = 1 << 30  # tries of what nothing can go on without
+STOPPED = "the address manager has stopped; try again"
 FAILED = "failed to assign an IP address to container"  # what users search for
 
 
@@ -91,6 +92,7 @@ class Manager(Generic[OwnerT]):
         self._paused_until = 0.0
         self._short_since: float | None = None
         self._loop: asyncio.Task[None] | None = None
+        self._ending = False
 
     # -- life -------------------------------------------------------------------------------
 
@@ -156,6 +158,13 @@ class Manager(Generic[OwnerT]):
         for record in sorted(records, key=lambda record: record.device_index or 0):
             await self.steps.adopt(record)
 
+    def dismiss(self) -> None:
+        """From now on nobody waits for an address; those who do are told to try again."""
+        self._ending = True
+        for waiter in self._waiters:
+            if not waiter.future.done():
+                waiter.future.set_exception(Exhausted(STOPPED))
+
     async def close(self) -> None:
         """Stop. Steps under way are cut off; what they leave is found at the next start."""
         tasks = [flight.task for flight in self.steps.flights if flight.task]
@@ -165,8 +174,7 @@ class Manager(Generic[OwnerT]):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for waiter in self._waiters:
-            waiter.future.cancel()
+        self.dismiss()
 
     def set_node(self, node: Node) -> None:
         """The node's object changed."""
@@ -211,6 +219,8 @@ class Manager(Generic[OwnerT]):
         return assignment
 
     async def _wait(self, owner: OwnerT, timeout_s: float) -> Assignment[OwnerT]:
+        if self._ending:
+            raise Exhausted(STOPPED)
         future: asyncio.Future[Assignment[OwnerT]] = asyncio.get_running_loop().create_future()
         waiter = Waiter(owner, self._clock() + timeout_s, future)
         self._waiters.append(waiter)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 from podwire.ipam.pool import Cursor, Demand, Exhausted, NotAvailable, Pool, Resting
 from podwire.ipam.vpc.limits import route_table
-from podwire.ipam.vpc.manager import Manager
+from podwire.ipam.vpc.manager import STOPPED, Manager
 from podwire.net import Address
 from podwire.wiring import Attachment, Key, PodAddress
 
@@ -69,6 +70,10 @@ class VpcPool:
             return 0
         return route_table(eni.record.card_index, eni.record.device_index or 0)
 
+    def dismiss(self) -> None:
+        """Nobody waits for an address any longer: the agent ends."""
+        self._loop.call_soon_threadsafe(self._manager.dismiss)
+
     async def _cancel(self, owner: Key) -> None:
         self._manager.cancel(owner)
 
@@ -78,6 +83,6 @@ class VpcPool:
     def _ask(self, work: Coroutine[Any, Any, T]) -> T:
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-        except (asyncio.CancelledError, RuntimeError) as error:  # the agent ends
+        except (CancelledError, RuntimeError) as error:  # the agent ends
             work.close()
-            raise Exhausted("the address manager has stopped; try again") from error
+            raise Exhausted(STOPPED) from error

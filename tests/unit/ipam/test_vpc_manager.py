@@ -524,3 +524,21 @@ def test_an_unassignment_under_way_is_not_undone_by_an_answer_from_before_it() -
         await manager.close()
 
     run(play())
+
+
+def test_who_waits_when_the_agent_ends_is_told_so() -> None:
+    async def play() -> None:
+        world = World("t3.small", Settings(warm_eni_target=0))
+        manager = await world.start()
+        waiting = asyncio.ensure_future(manager.assign("pod", 60))
+        await asyncio.sleep(0.01)
+        begun = world.clock()
+        manager.dismiss()
+        with pytest.raises(Exhausted, match="has stopped"):
+            await waiting
+        with pytest.raises(Exhausted, match="has stopped"):
+            await manager.assign("late", 60)
+        assert world.clock() == begun
+        await manager.close()
+
+    run(play())
