@@ -8,9 +8,11 @@ sys.exit(report.finish())
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
+import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+PRODUCT = Path(__file__).parents[1] / "podwire"
 
 
 class Report:
@@ -79,10 +82,11 @@ class Report:
             "title": self.title,
             "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": {"kernel": platform.release(), "cpus": os.cpu_count()},
+            "modules": modules(),
             "rows": self.rows,
         }
         self._file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        print(f"{self.title} (Linux {platform.release()}, {os.cpu_count()} CPUs)\n")
+        print(f"{self.title} (Linux {platform.release()}, {os.cpu_count()} CPUs, {modules()})\n")
         print(self.table())
         return 0 if all(row.get("met", True) for row in self.rows) else 1
 
@@ -98,6 +102,21 @@ class Report:
             ).rstrip()
             for line in lines
         )
+
+
+def modules(folder: Path = PRODUCT) -> str:
+    """Whether what is measured is compiled, as it is where it was installed: a start depends on it.
+
+    A compiled module bears the time and the size of its source (PEP 552).
+    """
+    sources = list(folder.rglob("*.py"))
+    stale = 0
+    for source in sources:
+        compiled = Path(importlib.util.cache_from_source(str(source)))
+        of = source.stat()
+        wanted = struct.pack("<II", int(of.st_mtime) & 0xFFFFFFFF, of.st_size & 0xFFFFFFFF)
+        stale += not compiled.exists() or compiled.read_bytes()[8:16] != wanted
+    return f"{stale} of {len(sources)} modules not compiled" if stale else "modules compiled"
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:

@@ -1,6 +1,8 @@
 import json
+import os
+import py_compile
 
-from bench.report import Report, summary
+from bench.report import Report, modules, summary
 
 
 def test_summary_takes_the_nearest_rank():
@@ -38,3 +40,13 @@ def test_ratios_of_rounds_count_and_what_is_absent_is_no_miss(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1.030 × (1.020…1.040)" in out
     assert "not measured: there is no such kernel" in out
+
+
+def test_a_report_says_if_a_start_compiles_what_it_measures(tmp_path):
+    source = tmp_path / "a.py"
+    source.write_text("x = 1\n")
+    assert modules(tmp_path) == "1 of 1 modules not compiled"
+    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+    assert modules(tmp_path) == "modules compiled"
+    os.utime(source, (1, 1))
+    assert modules(tmp_path) == "1 of 1 modules not compiled"
