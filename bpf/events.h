@@ -45,7 +45,7 @@ struct {
 	__uint(max_entries, 1 << 18);
 } events SEC(".maps");
 
-#define EVENTS_PER_SECOND 100 /* of each reason, and object file */
+const volatile __u32 events_per_second = 0; /* of each reason, and object file */
 
 struct event {
 	__u64 time_ns; /* CLOCK_MONOTONIC */
@@ -86,7 +86,7 @@ static __always_inline bool may_tell(enum reason reason)
 		budget->second = now_s;
 		budget->used = 0;
 	}
-	if (budget->used >= EVENTS_PER_SECOND)
+	if (budget->used >= events_per_second)
 		return false;
 	budget->used++;
 	return true;

@@ -9,11 +9,12 @@ import time
 from typing import NamedTuple
 
 from podwire.datapath.ebpf.connections import Flow, read_flow
-from podwire.datapath.ebpf.layout import EVENT, Reason
+from podwire.datapath.ebpf.layout import EVENT, EVENTS_PER_SECOND, Reason
 from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel.bpf import RingBuffer
 
-EVENTS_PER_SECOND = 100
+__all__ = ["EVENTS_PER_SECOND", "PASSED", "WORDS", "Event", "EventReader"]
+
 WORDS = {
     Reason.FORWARDED: "sent on by podwire's own look-up, past the stack",
     Reason.TRANSLATED: "connections that a Service or masquerading changed",

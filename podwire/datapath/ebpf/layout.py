@@ -13,6 +13,9 @@ from podwire.net import Address
 VERSION = 4
 """Of the maps that outlive a process; raised when one of them changes its meaning."""
 
+EVENTS_PER_SECOND = 100
+"""Refusals of each reason that programs tell one by one."""
+
 _MAPPED = bytes(10) + b"\xff\xff"
 
 FRONTEND_KEY = struct.Struct("=16s2sB5x")  # address, port, protocol

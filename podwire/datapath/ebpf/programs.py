@@ -24,6 +24,7 @@ from podwire.datapath.ebpf.layout import (
     BACKEND,
     CONNECTION,
     COOKIE,
+    EVENTS_PER_SECOND,
     FLOW,
     FRONTEND,
     FRONTEND_KEY,
@@ -467,6 +468,7 @@ class Programs:
             "with_kernel_lookup": bytes([features.has_kfunc("bpf_skb_ct_lookup")]),
             "with_overlay": flag("overlay"),
             "with_dsr": flag("dsr"),
+            "events_per_second": NUMBER.pack(EVENTS_PER_SECOND),
             "node_netns_cookie": COOKIE.pack(netns_cookie(self._netns_fd)),
         }
 
