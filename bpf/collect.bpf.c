@@ -43,36 +43,48 @@ struct walk {
 	__u32 now_s;
 	__u32 established_s;
 	__u32 datagram_s;
+	__u32 pressure;
 	__u32 removed;
 	__u32 failed;
 	__u32 local; /* entries left that are LOCAL and TRANSLATED */
 };
 
-#define OPENING_S 60 /* TCP that was never answered, or has ended */
-#define CLOSED_S 30
+/* Seconds of silence after which a connection is forgotten; those of TCP and UDP that is established come
+ * from user space. Netfilter's, kube-proxy's or Cilium's, as docs/EBPF.md has them side by side. */
+#define OPENING_S 60 /* TCP that is not answered, or not agreed on */
+#define HALF_CLOSED_S 3600 /* one end sends on */
+#define CLOSED_S 30 /* both have closed: a last FIN may be repeated */
+#define RESET_S 10
+#define LED_S 8000 /* with DSR nobody tells of the backend's end; longer than two hours of keepalive */
+#define SCTP_S 210 /* beats of the heart included, which come every 30 s */
+#define SCTP_CLOSED_S 10
 #define UNANSWERED_S 30 /* anything else, also when it was one question and one answer */
+#define OTHER_S 600 /* neither TCP, UDP, SCTP nor ICMP */
 
-/* Answers go another way: what the client sends is all there is to judge by. */
-static __always_inline __u32 lifetime_one_way(const struct walk *w, __u8 protocol, __u8 here)
+/* `here`, `there`: what either direction has sent. With DSR (`led`), answers go another way: what the
+ * client sends is all there is to judge by. Verified by itself, or there are too many ways through. */
+__noinline __u32 lifetime(const struct walk *w, __u8 protocol, __u8 here, __u8 there, bool led)
 {
-	if (protocol != IPPROTO_TCP)
-		return w->datagram_s;
-	if (here & STATE_RST)
-		return CLOSED_S;
-	return here & STATE_DATA && !(here & STATE_FIN) ? w->established_s : OPENING_S;
-}
+	bool reset = (here | there) & STATE_RST, closed = here & there & STATE_FIN;
+	bool tcp = protocol == IPPROTO_TCP, sctp = protocol == IPPROTO_SCTP;
 
-static __always_inline __u32 lifetime(const struct walk *w, __u8 protocol, __u8 here, __u8 there)
-{
-	if (!(here & STATE_SEEN) || !(there & STATE_SEEN))
-		return protocol == IPPROTO_TCP ? OPENING_S : UNANSWERED_S;
-	if (protocol == IPPROTO_SCTP)
-		return w->established_s;
-	if (protocol != IPPROTO_TCP)
-		return (here | there) & STATE_DATA ? w->datagram_s : UNANSWERED_S;
-	if ((here | there) & STATE_RST || (here & there & STATE_FIN))
-		return CLOSED_S;
-	return (here | there) & STATE_DATA ? w->established_s : OPENING_S;
+	if (!w)
+		return 0;
+	if (!tcp && !sctp && protocol != IPPROTO_UDP)
+		return protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6 ? UNANSWERED_S : OTHER_S;
+	if (led) {
+		there = here;
+		here |= tcp || sctp ? 0 : STATE_DATA;
+	}
+	if (reset || (sctp && closed))
+		return tcp ? RESET_S : SCTP_CLOSED_S;
+	if (!(here & STATE_SEEN) || !(there & STATE_SEEN) || !((here | there) & STATE_DATA))
+		return tcp ? OPENING_S : UNANSWERED_S;
+	if (!tcp)
+		return sctp ? SCTP_S : w->datagram_s;
+	if ((here | there) & STATE_FIN)
+		return closed ? CLOSED_S : led ? OPENING_S : HALF_CLOSED_S;
+	return led ? LED_S : w->established_s;
 }
 
 static __always_inline void remove_both(void *map, struct walk *w, const struct flow *key)
@@ -86,8 +98,8 @@ static long expire(void *map, const struct flow *key, struct connection *value, 
 {
 	struct connection *pair;
 	__u32 seen_s = value->seen_s;
+	__s32 silent, lives;
 	__u8 state = 0;
-	__u32 left;
 
 	/* each pair is judged once, at its original direction; a half without the other goes too, and
 	 * so does one whose other half has become another connection's */
@@ -107,12 +119,13 @@ static long expire(void *map, const struct flow *key, struct connection *value, 
 		if ((__s32)(pair->seen_s - seen_s) > 0)
 			seen_s = pair->seen_s;
 	}
-	left = value->flags & CONNECTION_DSR ? lifetime_one_way(w, key->protocol, value->state) :
-					       lifetime(w, key->protocol, value->state, state);
-	/* entries may be younger than this walk's idea of now */
-	if ((__s32)(w->now_s - seen_s) > (__s32)left)
+	lives = lifetime(w, key->protocol, value->state, state, value->flags & CONNECTION_DSR);
+	silent = w->now_s - seen_s; /* entries may be younger than this walk's idea of now */
+	if (silent > lives >> w->pressure) {
+		if (silent <= lives)
+			count(REASON_EVICTED);
 		remove_both(map, w, key);
-	else if (is_local_translation(value->flags))
+	} else if (is_local_translation(value->flags))
 		w->local++;
 	return 0;
 }
@@ -196,6 +209,7 @@ int collect(struct collect *args)
 		.now_s = now_seconds(),
 		.established_s = args->established_s,
 		.datagram_s = args->datagram_s,
+		.pressure = args->pressure,
 	};
 	__u32 slot = args->mode == COLLECT_MOVE ? SLOT_RETIRING : SLOT_CURRENT;
 	void *map = bpf_map_lookup_elem(&connections, &slot);

@@ -21,9 +21,9 @@ enum connection_flag {
 
 enum connection_state { /* what this direction has sent */
 	STATE_SEEN = 1,
-	STATE_DATA = 2, /* TCP: anything beyond the handshake's first packet; else: beyond one second */
-	STATE_FIN = 4,
-	STATE_RST = 8,
+	STATE_DATA = 2, /* anything beyond the handshake's first packet; without one: beyond one second */
+	STATE_FIN = 4, /* SCTP: SHUTDOWN or its ACK */
+	STATE_RST = 8, /* SCTP: ABORT, SHUTDOWN COMPLETE */
 };
 
 struct connection {
@@ -118,31 +118,29 @@ static __always_inline void forget_connection(const struct flow *flow)
 	}
 }
 
-static __always_inline __u8 tcp_state(__u8 tcp_flags)
+static __always_inline __u8 packet_state(const struct packet *p)
 {
 	__u8 state = STATE_SEEN;
 
-	if (!(tcp_flags & TCP_SYN))
+	if (!is_stream(p->flow.protocol))
+		return state;
+	if (!(p->tcp_flags & TCP_SYN))
 		state |= STATE_DATA;
-	if (tcp_flags & TCP_FIN)
+	if (p->tcp_flags & TCP_FIN)
 		state |= STATE_FIN;
-	if (tcp_flags & TCP_RST)
+	if (p->tcp_flags & TCP_RST)
 		state |= STATE_RST;
 	return state;
 }
 
-static __always_inline __u8 packet_state(const struct packet *p)
-{
-	return p->flow.protocol == IPPROTO_TCP ? tcp_state(p->tcp_flags) : STATE_SEEN;
-}
-
-/* Note a packet. Writes only what changed: the entry is shared between CPUs. */
+/* Note a packet. Writes only what changed: the entry is shared between CPUs. Who goes on after a reset
+ * has not sent it: it was forged, and the other end did not believe it either (RFC 5961). */
 static __always_inline void touch(struct connection *connection, const struct packet *p)
 {
-	__u8 state = connection->state | packet_state(p);
+	__u8 state = (connection->state & ~STATE_RST) | packet_state(p);
 	__u32 now = now_seconds();
 
-	if (p->flow.protocol != IPPROTO_TCP && connection->seen_s != now)
+	if (!is_stream(p->flow.protocol) && connection->seen_s != now)
 		state |= STATE_DATA;
 	if (connection->state != state)
 		connection->state = state;
@@ -176,7 +174,7 @@ static __always_inline __u8 opposite_state(const struct flow *key, const struct 
 /* A SYN on a connection that either end has closed: the client uses its port again, for a new one. */
 static __always_inline bool is_reopened(const struct connection *connection, const struct packet *p)
 {
-	if (p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+	if (!is_opening(p))
 		return false;
 	return is_closed(connection) || opposite_state(&p->flow, connection) & (STATE_FIN | STATE_RST);
 }

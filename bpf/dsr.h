@@ -3,8 +3,9 @@
  * kept, and the backend's node answers the client itself, under the Service's address.
  *
  * Which Service was addressed travels in an IPv4 option or an IPv6 destination option, as with Cilium:
- * TCP's in what opens a connection and in the first packet that this node sees of one, all else's in
- * every packet that has room. A first packet without room is masqueraded, as without DSR.
+ * TCP's and SCTP's in what opens a connection (`is_start`; the backend's node remembers) and in the first
+ * packet that this node sees of one, all else's in every packet that has room. A first packet without
+ * room is masqueraded, as without DSR.
  *
  * The first node keeps an ordinary pair of entries, of which the answers' is only for ICMP errors. On the
  * backend's node, where the option was taken off, packets look like client → backend, and answers
@@ -73,12 +74,6 @@ static __always_inline bool may_lead(const struct flow *flow, const struct choic
 		return false;
 	return !(address_flags(&flow->destination) & ADDRESS_NODE) ||
 	       network_flags(&flow->destination) & NETWORK_NODE;
-}
-
-/* Packets that carry the option if it fits: for TCP, the backend's node remembers. */
-static __always_inline bool wants_option(const struct packet *p)
-{
-	return p->flow.protocol != IPPROTO_TCP || p->tcp_flags & TCP_SYN;
 }
 
 /* How long the packet becomes with the option; 0: it has none now but could not take one either. */

@@ -30,6 +30,7 @@ enum reason {
 	REASON_EVENTS_LOST,
 	REASON_REPLACED, /* a list of backends that gave way to another at this moment */
 	REASON_LED_ASTRAY, /* by an option of DSR that names no Service with this backend here */
+	REASON_EVICTED, /* connections forgotten before their time: the table was nearly full */
 	REASON_MAX,
 };
 

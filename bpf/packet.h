@@ -45,7 +45,7 @@ enum packet_kind {
 	PACKET_ICMP_ERROR, /* quotes another packet */
 	PACKET_OTHER, /* a flow without ports */
 	PACKET_FOREIGN, /* not IP: ARP and the like */
-	PACKET_CUT, /* TCP that ends behind its ports: only a quote may */
+	PACKET_CUT, /* TCP or SCTP that ends behind its ports: only a quote may */
 	PACKET_BROKEN,
 };
 
@@ -66,7 +66,7 @@ struct packet {
 	__u8 ipv4;
 	__u8 kind;
 	__u8 fragment;
-	__u8 tcp_flags;
+	__u8 tcp_flags; /* of SCTP: what its first chunk comes to */
 	__u8 ttl;
 	__u8 icmp_type;
 	__u8 tcp_words; /* of the TCP header */
@@ -110,11 +110,48 @@ __noinline int parse_icmp(CONTEXT *ctx, struct packet *p)
 	return 0;
 }
 
+/* SCTP's first chunk in TCP's words. What opens an association, and what completes its end, comes alone
+ * (RFC 9260, 3); an ABORT behind other chunks is missed. */
+static __always_inline __u8 flags_of_chunk(__u8 type)
+{
+	switch (type) {
+	case 1: /* INIT */
+		return TCP_SYN;
+	case 2: /* INIT ACK */
+		return TCP_SYN | TCP_ACK;
+	case 7: /* SHUTDOWN */
+	case 8: /* SHUTDOWN ACK */
+		return TCP_FIN;
+	case 6: /* ABORT */
+	case 14: /* SHUTDOWN COMPLETE */
+		return TCP_RST;
+	}
+	return TCP_ACK;
+}
+
+/* Whether it says of itself where in its connection it belongs: `tcp_flags` hold. */
+static __always_inline bool is_stream(__u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_SCTP;
+}
+
+/* Whether only the first packet of a connection looks so. */
+static __always_inline bool is_opening(const struct packet *p)
+{
+	return is_stream(p->flow.protocol) && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* Whether the packet may be the first of its connection. */
+static __always_inline bool is_start(const struct packet *p)
+{
+	return !is_stream(p->flow.protocol) || p->tcp_flags & TCP_SYN;
+}
+
 static __always_inline void parse_transport(CONTEXT *ctx, struct packet *p)
 {
 	struct { __be16 source, destination; } ports;
 	__u16 offset_and_flags;
-	__u8 protocol = p->flow.protocol;
+	__u8 protocol = p->flow.protocol, chunk;
 
 	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != IPPROTO_SCTP) {
 		p->kind = PACKET_OTHER;
@@ -141,6 +178,10 @@ static __always_inline void parse_transport(CONTEXT *ctx, struct packet *p)
 		p->checksum = p->transport + 16;
 	} else if (protocol == IPPROTO_UDP) {
 		p->checksum = p->transport + 6;
+	} else if (load(ctx, p->transport + 12, &chunk)) {
+		p->kind = PACKET_CUT;
+	} else {
+		p->tcp_flags = flags_of_chunk(chunk);
 	}
 }
 

@@ -64,7 +64,7 @@ __noinline bool is_known_to_kernel(struct __sk_buff *ctx, const struct flow *flo
 /* What becomes of a packet that has no entry, in any phase but the normal one. */
 static __always_inline enum handling handle_unknown(struct __sk_buff *ctx, const struct packet *p, __u32 phase)
 {
-	bool opens = p->flow.protocol != IPPROTO_TCP || (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+	bool opens = is_opening(p) || !is_stream(p->flow.protocol);
 
 	if (phase == PHASE_JOINING)
 		return is_known_to_kernel(ctx, &p->flow) ? LEAVE_TO_STACK : HANDLE;

@@ -122,12 +122,6 @@ static __always_inline bool is_permitted(struct __sk_buff *ctx, struct work *w, 
 	return true;
 }
 
-/* Whether the packet may be the first of its connection. */
-static __always_inline bool is_start(const struct packet *p)
-{
-	return p->flow.protocol != IPPROTO_TCP || p->tcp_flags & TCP_SYN;
-}
-
 /* Whether answers to this packet, which needs no entry of its own, would be taken for those of another
  * connection: one from the same port to a Service that led to the same backend. */
 static __always_inline bool is_shadowed(struct work *w)
@@ -413,7 +407,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return send(ctx, p, place, false, false);
 	w->to = connection->to;
 	if (with_dsr && (connection->flags & (CONNECTION_DSR | CONNECTION_REPLY)) == CONNECTION_DSR) {
-		w->tell = wants_option(p) && has_room(ctx, p, &w->to);
+		w->tell = is_start(p) && has_room(ctx, p, &w->to);
 		return lead(ctx, w);
 	}
 	return translate(ctx, w, place);

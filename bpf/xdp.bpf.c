@@ -60,7 +60,7 @@ static __always_inline int bounce(struct xdp_md *ctx, struct xdp_work *w,
 	if (rewrite(ctx, p, &w->to) ||
 	    (w->tell && push_option(ctx, p, &w->head, &w->service)) || decrement_ttl(ctx, p) ||
 	    set_macs(ctx, (struct mac *)route->dmac, (struct mac *)route->smac)) {
-		count(REASON_WRITE_FAILED);
+		report(REASON_WRITE_FAILED, ctx->ingress_ifindex, &p->flow);
 		return XDP_DROP;
 	}
 	count(REASON_FORWARDED);
@@ -111,7 +111,7 @@ __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 					   CONNECTION_TRANSLATED, true);
 	}
 	if (reason) {
-		count(reason);
+		report(reason, ctx->ingress_ifindex, &p->flow);
 		return XDP_DROP;
 	}
 	count(REASON_TRANSLATED);
@@ -142,7 +142,7 @@ int from_driver(struct xdp_md *ctx)
 	if (!(connection->flags & CONNECTION_TRANSLATED) || is_reopened(connection, p))
 		return XDP_PASS;
 	w->to = connection->to;
-	w->tell = with_dsr && connection->flags & CONNECTION_DSR && wants_option(p);
+	w->tell = with_dsr && connection->flags & CONNECTION_DSR && is_start(p);
 	if (!leaves_here(ctx, w, &route))
 		return XDP_PASS;
 	touch(connection, p);

@@ -12,10 +12,12 @@ import threading
 import uuid
 
 from podwire.datapath.ebpf.balancing import Balancing
+from podwire.datapath.ebpf.layout import CONNECTION, FLOW
 from podwire.datapath.ebpf.nodes import NodesPart
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
+from podwire.errors import KernelError
 from podwire.kernel import netns
 from podwire.kernel.bpf import pins
 from podwire.net import Prefix, parse_address, parse_prefix
@@ -226,6 +228,15 @@ class Nodes:
             client.bind(("", source_port))
         client.connect((address, port))
         return client
+
+
+def fill_up(programs):
+    """Leave no room in the connection table of a node."""
+    table = programs.growing["connections"].map
+    flows = (FLOW.pack(n.to_bytes(16, "big"), bytes(16), b"", b"", 0) for n in range(1 << 20))
+    value = CONNECTION.pack(bytes(FLOW.size), 0, 0, 0, 0)
+    with contextlib.suppress(KernelError):  # full
+        table.update_batch((flow, value) for flow in flows)
 
 
 def ask(client, data=b"who"):

@@ -30,7 +30,7 @@ from podwire.services import (
 )
 from podwire.services.shared_map import SharedMap
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_nodes import CLIENT, MACS, NODES, POD, POD_CIDRS, VIP, Nodes, ask
+from tests.kernel.ebpf_nodes import CLIENT, MACS, NODES, POD, POD_CIDRS, VIP, Nodes, ask, fill_up
 from tests.kernel.test_ebpf_programs import assert_sound
 
 pytestmark = [
@@ -41,7 +41,7 @@ if os.geteuid() == 0 and features.missing():
     pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
-DROP, REDIRECT, TX = 2, 7, 3
+DROP, REDIRECT, TX, XDP_DROP = 2, 7, 3, 1
 
 
 def make_port(name, number, family, kind, *, here, backends=None, **fields):
@@ -332,6 +332,22 @@ def test_an_error_about_an_answer_finds_the_backend(world):
 
 def _without_ip_checksum(packet):
     return packet[:10] + packet[12:] if packet[0] >> 4 == 4 else packet
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_full_table_refuses_what_is_new_on_either_node(world, name):
+    sent = packets.first(CLIENT[4], NODES["a"][4], Protocol.TCP, (5003, 30080), 1)
+    first = world.first_program
+    led = run(world, "a", sent, first)[1]
+    packet = (sent, first) if name == "a" else (led, "from_network")
+    node = getattr(world, name)
+    node.services.connections.clear()
+    fill_up(node.programs)
+    before = node.outcomes()["connections_full"]
+    assert run(world, name, *packet)[0] == (XDP_DROP if packet[1] == "from_driver" else DROP)
+    assert node.outcomes()["connections_full"] == before + 1
+    node.services.connections.clear()
+    assert run(world, name, *packet)[0] in (REDIRECT, TX)
 
 
 @pytest.mark.parametrize("family", [4, 6])

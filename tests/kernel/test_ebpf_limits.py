@@ -19,8 +19,11 @@ from podwire.errors import KernelError
 from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_world import HOST_MAC, MAC, POD, REMOTE, World
+from tests.kernel.ebpf_nodes import fill_up
+from tests.kernel.ebpf_world import HOST_MAC, MAC, OUTSIDE, POD, REMOTE, World
+from tests.kernel.test_ebpf_ageing import grow_older
 from tests.kernel.test_ebpf_events import CLOSED, Node1
+from tests.kernel.test_ebpf_hostile import Node
 from tests.kernel.test_ebpf_policy import policy
 from tests.kernel.test_ebpf_programs import DROP, REDIRECT, run
 from tests.kernel.test_ebpf_services import VIP, make_port, make_table
@@ -142,6 +145,88 @@ def test_the_connection_table_is_told_before_it_is_full_and_drops_only_what_is_n
     assert ask(world, "198.51.100.1", 64) == DROP
     assert ask(world, "198.51.100.1", 63) == REDIRECT
     assert world.programs.outcomes()["connections_full"] == 1
+
+
+def test_a_full_table_forgets_first_what_is_silent_and_over(world):
+    """Never what is young; an open connection only after hours of silence."""
+    ports = [
+        make_port("dns", 80, [REMOTE[4]], family=4, protocol=protocol)
+        for protocol in (Protocol.UDP, Protocol.TCP)
+    ]
+    world.part.apply(make_table(ports))
+    open_flow = shake_hands(world)
+    for number in range(63):
+        world.programs.connections.maintain()  # grows
+        assert ask(world, "198.51.100.1", number) == REDIRECT
+    assert ask(world, "198.51.100.1", 63) == DROP
+    world.programs.connections.maintain()
+    assert ask(world, "198.51.100.1", 63) == DROP, "all that is there is young"
+    assert world.programs.connections.filling
+    grow_older(world, 5)
+    world.programs.connections.maintain()
+    assert ask(world, "198.51.100.1", 63) == REDIRECT
+    assert world.programs.outcomes()["evicted"] == 63
+    assert world.programs.outcomes()["connections_full"] == 2
+    assert open_flow in [flow for flow, _ in world.programs.connections.items()]
+
+
+def shake_hands(world):
+    """An open TCP connection through the Service, by its first flow."""
+    ports = (1999, 80)
+    flags = (packets.SYN, packets.ACK)
+    for number, flag in enumerate(flags):
+        packet = packets.tcp("198.51.100.1", VIP[4], ports, flag, number, 1, b"PW000001")
+        verdict, sent = run(world, packet, "up0")
+        assert verdict == REDIRECT
+        wire = packets.parse(sent)
+        answer = packets.tcp(
+            wire.destination,
+            wire.source,
+            (wire.destination_port, wire.source_port),
+            packets.SYN | packets.ACK,
+            1,
+            number,
+            b"PW000002",
+        )
+        run(world, answer, "up0")
+    ((flow, _),) = [
+        each for each in world.programs.connections.items() if each[0].source_port == 1999
+    ]
+    return flow
+
+
+@pytest.fixture(scope="module")
+def node():
+    with World() as made:
+        whole = Node(made)
+        yield whole
+        whole.services.cleanup()
+
+
+def begin_by_masquerade(node):
+    return packets.first(POD[1][4], OUTSIDE[4], Protocol.UDP, (2000, 53), 1)
+
+
+def begin_under_policy(node):
+    node.enforce({"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]})
+    return packets.first(POD[1][6], REMOTE[6], Protocol.TCP, (2000, 80), 1)
+
+
+def begin_to_a_service(node):
+    node.serve(make_port("web", 80, [POD[2][4]], family=4, protocol=Protocol.TCP))
+    return packets.first(POD[1][4], VIP[4], Protocol.TCP, (2000, 80), 1)
+
+
+@pytest.mark.parametrize("begin", [begin_by_masquerade, begin_under_policy, begin_to_a_service])
+def test_every_kind_of_connection_is_refused_by_a_full_table(node, begin):
+    """Direct server return and XDP: test_ebpf_dsr.py."""
+    packet = begin(node)
+    fill_up(node.programs)
+    before = node.count("connections_full")
+    assert node.run(packet)[0] == DROP
+    assert node.count("connections_full") == before + 1
+    node.programs.connections.clear()
+    assert node.run(packet)[0] != DROP
 
 
 def test_policies_that_cannot_be_counted_are_enforced(world):

@@ -26,6 +26,9 @@ _LOCAL_SOME = 1  # enum local_entries of bpf/conntrack.h
 _CURRENT, _RETIRING = NUMBER.pack(0), NUMBER.pack(1)
 ESTABLISHED_S = 86400  # kube-proxy's --conntrack-tcp-timeout-established
 DATAGRAM_S = 120
+SCTP_S = 210  # as bpf/collect.bpf.c has it
+_PRESSED = 0.9  # of the limit: what has been silent longest goes early
+_PRESSURE = 3  # an eighth of its lifetime is enough then
 
 
 class Flow(NamedTuple):
@@ -62,26 +65,44 @@ class Connections:
         self.affinities = 0
         """Clients with an affinity when they were last walked."""
 
-    def expire(self) -> Collected:
-        """Remove what has been silent for too long: TCP a day, closed TCP 30 s, UDP 30 to 120 s."""
+    def expire(self, pressure: int = 0) -> Collected:
+        """Remove what has been silent for too long; `docs/EBPF.md` has the lifetimes.
+
+        `pressure` divides them by 2 so many times.
+        """
         self.affinities = self._run("collect_affinities", CollectMode.EXPIRE).walked
-        done = self._run("collect", CollectMode.EXPIRE)
+        done = self._run("collect", CollectMode.EXPIRE, pressure)
         self.held = done.walked - done.removed
         return done
 
     def maintain(self) -> Collected:
         """Remove what is old, and grow when three quarters are taken. Call every few seconds.
 
+        A table that cannot grow any more loses what has been silent for an eighth of its time.
         Raises KernelError when the kernel refuses a larger table; the present one goes on.
         """
         self.finish_move()
         self._forget_departed()
         done = self.expire()
-        if 4 * self.held > 3 * self.capacity and self.capacity < self._most:
-            self.limit = self.capacity
-            self.grow(min(2 * self.capacity, self._most))
-            self.limit = self._most
+        try:
+            if 4 * self.held > 3 * self.capacity and self.capacity < self._most:
+                self.limit = self.capacity
+                self.grow(min(2 * self.capacity, self._most))
+                self.limit = self._most
+        finally:
+            if self.pressed:
+                done = self.expire(_PRESSURE)
         return done
+
+    @property
+    def pressed(self) -> bool:
+        """Whether there was hardly room for more when the table was last walked."""
+        return self.held > _PRESSED * self.limit
+
+    @property
+    def filling(self) -> bool:
+        """Whether the table may be full in seconds, and should be looked after more often."""
+        return self.pressed if self.capacity >= self._most else 2 * self.held > self.capacity
 
     @property
     def capacity(self) -> int:
@@ -174,10 +195,10 @@ class Connections:
         for key, value in self._programs.growing["connections"].map.items():
             yield read_flow(key), read_flow(CONNECTION.unpack(value)[0])
 
-    def _run(self, program: str, mode: CollectMode) -> Collected:
-        request = COLLECT.pack(mode, ESTABLISHED_S, DATAGRAM_S, 0, 0, 0)
+    def _run(self, program: str, mode: CollectMode, pressure: int = 0) -> Collected:
+        request = COLLECT.pack(mode, ESTABLISHED_S, DATAGRAM_S, pressure, 0, 0, 0)
         answer = self._programs.program(program).test_run(context=request).context
-        return Collected(*COLLECT.unpack(answer)[3:])
+        return Collected(*COLLECT.unpack(answer)[4:])
 
 
 def read_flow(packed: bytes) -> Flow:

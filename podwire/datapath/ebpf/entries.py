@@ -102,8 +102,9 @@ def _service(original: Tuple, node: Node) -> int:
 def _states(entry: Entry) -> tuple[ConnectionState, ConnectionState]:
     if entry.original.protocol == Protocol.TCP:
         return _STATES.get(TcpState(entry.state or 0), (_OPEN, _OPEN))
-    answered = entry.status & Status.SEEN_REPLY
-    return _HALF, _HALF if answered else ConnectionState(0)
+    if not entry.status & Status.SEEN_REPLY:
+        return _HALF, ConnectionState(0)
+    return (_OPEN, _OPEN) if entry.original.protocol == Protocol.SCTP else (_HALF, _HALF)
 
 
 def _ours(

@@ -36,8 +36,17 @@ WORDS = {
     Reason.EVENTS_LOST: "refusals that were counted, but not told one by one",
     Reason.REPLACED: "list of backends that gave way to another at this moment",
     Reason.LED_ASTRAY: "led here by DSR for no Service that has this backend here",
+    Reason.EVICTED: "silent connections forgotten early: the table was nearly full",
 }
-PASSED = frozenset((Reason.FORWARDED, Reason.TRANSLATED, Reason.POLICY_AUDIT, Reason.AFFINITY_FULL))
+PASSED = frozenset(
+    (
+        Reason.FORWARDED,
+        Reason.TRANSLATED,
+        Reason.POLICY_AUDIT,
+        Reason.AFFINITY_FULL,
+        Reason.EVICTED,
+    )
+)
 """What does not end a packet."""
 
 

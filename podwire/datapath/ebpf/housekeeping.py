@@ -15,7 +15,7 @@ from podwire.errors import PodwireError
 from podwire.kernel import netns
 
 log = logging.getLogger(__name__)
-_INTERVAL_S = 5.0
+_INTERVAL_S, _HURRIED_S = 5.0, 1.0
 _RTMGRP_LINK = 1
 
 
@@ -23,13 +23,13 @@ class Housekeeping:
     """A thread that does `work` again and again, and `links_changed` when the kernel says so.
 
     It runs from the first `start` to `stop`, for the interfaces of `netns_fd` (default: the
-    caller's namespace).
+    caller's namespace). Work that says True is wanted again sooner.
     """
 
     def __init__(
         self,
         netns_fd: int | None,
-        work: Callable[[], object],
+        work: Callable[[], bool],
         links_changed: Callable[[], object],
     ) -> None:
         self._netns_fd = netns_fd
@@ -70,14 +70,15 @@ class Housekeeping:
                     _drain(events)
                     self._try(self._links_changed)
                 if time.monotonic() >= due:
-                    self._try(self._work)
-                    due = time.monotonic() + _INTERVAL_S
+                    hurried = self._try(self._work)
+                    due = time.monotonic() + (_HURRIED_S if hurried else _INTERVAL_S)
 
-    def _try(self, work: Callable[[], object]) -> None:
+    def _try(self, work: Callable[[], object]) -> object:
         try:
-            work()
+            return work()
         except (PodwireError, OSError) as error:  # the next round comes all the same
             log.error("housekeeping of the eBPF data path: %s", error)
+            return None
 
 
 def _drain(events: socket.socket) -> None:

@@ -10,7 +10,7 @@ from enum import IntEnum, IntFlag
 
 from podwire.net import Address
 
-VERSION = 4
+VERSION = 5
 """Of the maps that outlive a process; raised when one of them changes its meaning."""
 
 EVENTS_PER_SECOND = 100
@@ -36,7 +36,7 @@ RULE_KEY = struct.Struct("=IIIBx2s")  # length, rule set, identity, protocol, po
 RULE = struct.Struct("=QI4x")  # ruling, verdict
 SUBJECT = struct.Struct("=III")  # ingress, egress rule set, tag
 TUNNEL = struct.Struct("=16s16s16s6s6s4x")  # remote, local, own address, MAC, own MAC
-COLLECT = struct.Struct("=IIIIII")
+COLLECT = struct.Struct("=IIIIIII")
 COOKIE = struct.Struct("=Q")
 RULING = struct.Struct("=Q")
 NUMBER = struct.Struct("=I")
@@ -166,6 +166,7 @@ class Reason(IntEnum):
     EVENTS_LOST = 17
     REPLACED = 18
     LED_ASTRAY = 19
+    EVICTED = 20
 
 
 def mapped(address: Address) -> bytes:

@@ -25,6 +25,7 @@ Convert: TypeAlias = Callable[[bytes, bytes], tuple[bytes, bytes]]
 
 STEPS: Mapping[int, Mapping[str, Convert | None]] = {
     3: dict.fromkeys(("rules", "identities", "subjects", "tags")),  # got a second slot
+    4: {"counters": None},  # one reason more
 }
 """By the version that is left: the maps that the next one changed. None: made anew, empty, for the
 parts to fill from their tables. A function converts: `connections` and `affinities`, which no table

@@ -382,9 +382,10 @@ class Programs:
         with self.lock:
             self.sync_links()
 
-    def _keep_house(self) -> None:
+    def _keep_house(self) -> bool:
         with self.lock:
             self.connections.maintain()
+            return self.connections.filling
 
     def _load(self) -> None:
         if self._migration is None:

@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 from podwire.datapath.ebpf import entries, pinned
-from podwire.datapath.ebpf.connections import DATAGRAM_S, ESTABLISHED_S
+from podwire.datapath.ebpf.connections import DATAGRAM_S, ESTABLISHED_S, SCTP_S
 from podwire.datapath.ebpf.entries import Node
 from podwire.datapath.ebpf.layout import NUMBER, SETTINGS, ConnectionFlag, Phase, unmapped
 from podwire.datapath.ebpf.pinned import PinnedMaps
@@ -163,6 +163,8 @@ def _make(table: Table, wanted: list[Entry]) -> int:
 def _timeout_s(entry: Entry) -> int:
     if entry.original.protocol == Protocol.UDP:
         return DATAGRAM_S
+    if entry.original.protocol == Protocol.SCTP:
+        return SCTP_S
     return ESTABLISHED_S if entry.state in (TcpState.ESTABLISHED, None) else _ENDING_S
 
 

@@ -112,3 +112,13 @@ def test_echo_requests_and_other_zones_are_left_out():
     assert entries.pairs(Entry(ping, Tuple(WORLD, NODE, Protocol.ICMP, 5, 0)), HERE, 0) == []
     elsewhere = tcp((CLIENT, 1, VIP, 80), (SERVER, 8080, CLIENT, 1))._replace(zone=3)
     assert entries.pairs(elsewhere, HERE, 0) == []
+
+
+def test_an_association_of_sctp_comes_as_an_open_one():
+    there, back = ((CLIENT, 1, VIP, 80), (SERVER, 80, CLIENT, 1))
+    made = [Tuple(s, d, Protocol.SCTP, sp, dp) for s, sp, d, dp in (there, back)]
+    states = [
+        [CONNECTION.unpack(value)[3] for _, value in entries.pairs(Entry(*made, status), HERE, 0)]
+        for status in (Status.SEEN_REPLY, Status(0))
+    ]
+    assert states == [[3, 3], [0, 1]]
