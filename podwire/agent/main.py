@@ -76,6 +76,7 @@ class Agent:
         self._restart = False
         self._alone = False  # no other data path is left
         self._waits = ""
+        self._datapath = options.datapath
         self.metrics.registry.register(
             SyncCollector(
                 lambda: self._syncs, lambda: (kind.__name__ for kind, _ in self.store.set_aside)
@@ -146,6 +147,7 @@ class Agent:
     async def _serve(self, client: Client, known: bool) -> None:
         # the kernel verifies programs on another core while the lists come in
         datapath = await asyncio.to_thread(DataPath, self.options)
+        self._datapath = datapath.name
         node = await self._own_node()
         if not known:
             await self.reflector.wait_synced()
@@ -353,14 +355,15 @@ class Agent:
         ]
         reasons += [f"{sync.name}: {sync.error}" for sync in self._syncs if sync.error]
         reasons += [reason for reasons_of in self._more_reasons for reason in reasons_of()]
-        counts = ", ".join(f"{len(self.store.all(kind))} {kind.__name__}" for kind in self.kinds)
         return {
             "node": self.options.node_name,
             "version": __version__,
             "uptime_s": time.monotonic() - self.started,
             "healthy": self._ready and not any(sync.error for sync in self._syncs),
             "reasons": reasons,
-            "summary": f"{self.options.wiring} wiring, {self.options.routing} routing; {counts}",
+            "summary": f"{self._datapath} data path, {self.options.wiring} wiring, "
+            f"{self.options.routing} routing",
+            "objects": {kind.__name__: len(self.store.all(kind)) for kind in self.kinds},
             "parts": {sync.name: sync.status() for sync in self._syncs},
             "set_aside": [
                 {"object": f"{kind.__name__} {'/'.join(filter(None, key))}", "reason": reason}

@@ -26,6 +26,7 @@ ROUTINGS = ("direct", "vxlan")
 TUNNEL_PROTOCOLS = ("vxlan", "geneve")
 DATAPATHS = ("auto", "nftables", "iptables", "ebpf")
 PARTS = ("services", "policy", "nodes", "cni")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Options:
                 raise ConfigError(f"--only takes {', '.join(PARTS)}, not {part!r}")
         for flag, values in (
             ("--cluster-cidr", self.cluster_cidrs),
-            ("--non-masquerade-cidr", self.non_masquerade_cidrs),
+            ("--non-masquerade-cidrs", self.non_masquerade_cidrs),
             ("--external-ips", self.external_ips or ()),
             (
                 "--nodeport-addresses",

@@ -11,6 +11,7 @@ from podwire.agent.options import (
     ACCELERATIONS,
     ALGORITHMS,
     DATAPATHS,
+    LOG_LEVELS,
     MODES,
     PARTS,
     ROUTINGS,
@@ -31,10 +32,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--state-dir", type=Path, default=default.state_dir, help="state file (%(default)s)")
     add("--cni-conf-dir", type=Path, default=default.cni_conf_dir, help="conflist (%(default)s)")
     add("--only", default=",".join(PARTS), help="parts to run, comma-separated (%(default)s)")
-    add("--wiring", choices=WIRINGS, default=default.wiring)
-    add("--routing", choices=ROUTINGS, default=default.routing)
-    add("--tunnel-protocol", choices=TUNNEL_PROTOCOLS, default=default.tunnel_protocol)
-    add("--datapath", "--proxy-mode", choices=(*DATAPATHS, "ipvs"), default=default.datapath)
+    add("--wiring", choices=WIRINGS, default=default.wiring, help="of pods (%(default)s)")
+    add("--routing", choices=ROUTINGS, default=default.routing, help="between nodes (%(default)s)")
+    add("--tunnel-protocol", choices=TUNNEL_PROTOCOLS, default=default.tunnel_protocol,
+        help="of --routing vxlan, alike on all nodes (%(default)s)")  # fmt: skip
+    add("--datapath", "--proxy-mode", choices=(*DATAPATHS, "ipvs"), default=default.datapath,
+        help="(%(default)s: eBPF where it can serve all, else nftables)")  # fmt: skip
     add("--nodeport-addresses", metavar="CIDRS", help="CIDRs, primary, localhost or all (primary)")
     add("--cluster-cidr", metavar="CIDRS", help="where the cluster's pods live")
     add("--detect-local-mode", default="", help="ClusterCIDR, NodeCIDR, BridgeInterface, ...")
@@ -57,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--no-masquerade", action="store_true", help="pod addresses leave the cluster as they are")
     add("--non-masquerade-cidrs", metavar="CIDRS", help="destinations reached without masquerade")
     add("--mtu", type=int, default=0, help="of the pods' links (default: the underlay's)")
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add("--log-level", choices=LOG_LEVELS, default=default.log_level)
     add("--cleanup", action="store_true", help="remove all that podwire left in the kernel, exit")
 
 

@@ -6,17 +6,14 @@ Only `drops` asks the agent; everything else works without one.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from podwire.agent.control import follow
 from podwire.cli import agents
-from podwire.cli.paint import paint, table
+from podwire.cli.output import indented, print_json, print_table
 from podwire.datapath.ebpf import inspect
 from podwire.datapath.ebpf.events import PASSED, WORDS
 from podwire.datapath.ebpf.fill import NEARLY_FULL
@@ -25,7 +22,9 @@ from podwire.datapath.ebpf.layout import VERSION
 from podwire.errors import ConfigError
 from podwire.kernel.bpf import features
 from podwire.lab.state import LabDir
+from podwire.terminal import paint, table
 
+_LONGEST_S = 3600
 _WORDS = {reason.name.lower(): words for reason, words in WORDS.items()}
 _PASSED = {reason.name.lower() for reason in PASSED}
 
@@ -36,7 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     maps = commands.add_parser("maps", help="how full the maps are")
     progs = commands.add_parser("progs", help="runs and time per run")
     progs.add_argument(
-        "--seconds", type=float, default=1.0, help="how long to watch (default 1; costs a little)"
+        "--seconds",
+        type=_seconds,
+        default=1.0,
+        help="how long to watch; costs a little (%(default)s)",
     )
     drops = commands.add_parser("drops", help="what was refused and why (asks the agent)")
     drops.add_argument("-f", "--follow", action="store_true", help="and what will be")
@@ -50,7 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0. Raises ConfigError for a node without eBPF here, ApiError without an agent."""
     if args.action == "drops":
-        return asyncio.run(_drops(args))
+        agents.print_stream(args, "/v1/bpf/drops", _drop)
+        return 0
     action = {"status": _status, "maps": _maps, "progs": _programs}[args.action]
     places = _places(args)
     if not places and not args.json:
@@ -58,6 +61,13 @@ def run(args: argparse.Namespace) -> int:
     if places or args.json or args.action == "status":
         action(places, args)
     return 0
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(f"not between 0 and {_LONGEST_S}: {text}")
+    return seconds
 
 
 def _places(args: argparse.Namespace) -> list[Place]:
@@ -97,7 +107,7 @@ def _status(places: Sequence[Place], args: argparse.Namespace) -> None:
     if args.json:
         every = [link._asdict() for some in links.values() for link in some]
         kernel = {"missing": missing, "lacking": lacking}
-        _print_json({"links": every, "outcomes": outcomes, "layouts": layouts, "kernel": kernel})
+        print_json({"links": every, "outcomes": outcomes, "layouts": layouts, "kernel": kernel})
         return
     for place in places:
         _print_node(place, links[place.node], outcomes[place.node], layouts[place.node])
@@ -138,18 +148,19 @@ def _print_node(
             for kind in ("tcx ingress", "tcx egress", "xdp")
         )
         rows.append((first.interface, first.pod or "-", *(text or "-" for text in programs)))
-    _indent(table(("INTERFACE", "POD", "INGRESS", "EGRESS", "DRIVER"), rows) if rows else ())
+    lines = table(("INTERFACE", "POD", "INGRESS", "EGRESS", "DRIVER"), rows) if rows else []
     for path, programs in sockets.items():
-        print(f"  sockets of cgroup {path}: {', '.join(sorted(programs))}")
+        lines.append(f"sockets of cgroup {path}: {', '.join(sorted(programs))}")
     counted = [
         (_paint_outcome(name), f"{count:,}", _WORDS.get(name, ""))
         for name, count in outcomes.items()
         if count
     ]
-    _indent(
-        table(("OUTCOME", "PACKETS", "WHAT IT IS"), counted) if counted else ("no packets counted",)
-    )
-    print()
+    if counted:
+        lines += table(("OUTCOME", "PACKETS", "WHAT IT IS"), counted)
+    else:
+        lines.append("no packets counted")
+    print("\n".join([*indented(lines), ""]))
 
 
 def _paint_outcome(name: str) -> str:
@@ -162,7 +173,7 @@ def _paint_outcome(name: str) -> str:
 def _maps(places: Sequence[Place], args: argparse.Namespace) -> None:
     states = [state for place in places for state in inspect.map_states(place)]
     if args.json:
-        _print_json([state._asdict() for state in states])
+        print_json([state._asdict() for state in states])
         return
     rows: list[tuple[str, ...]] = []
     for state in states:
@@ -177,13 +188,13 @@ def _maps(places: Sequence[Place], args: argparse.Namespace) -> None:
              state.when_full, f"{-(-state.memory // 1024):,} KiB")
         )  # fmt: skip
     header = ("NODE", "MAP", "KIND", "HELD", "ROOM", "FILLED", "WHEN FULL", "MEMORY")
-    print("\n".join(table(header, rows)))
+    print_table(header, rows)
 
 
 def _programs(places: Sequence[Place], args: argparse.Namespace) -> None:
     states = [state for place in places for state in inspect.program_states(place, args.seconds)]
     if args.json:
-        _print_json([state._asdict() for state in states])
+        print_json([state._asdict() for state in states])
         return
     rows = [
         (
@@ -199,22 +210,10 @@ def _programs(places: Sequence[Place], args: argparse.Namespace) -> None:
         for state in states
     ]
     header = ("NODE", "PROGRAM", "ID", "LINKS", "RUNS/S", "NS/RUN", "OF A CPU", "VERIFIED")
-    print("\n".join(table(header, rows)))
+    print_table(header, rows)
 
 
 # --- drops ---------------------------------------------------------------------------------------
-
-
-async def _drops(args: argparse.Namespace) -> int:
-    """All agents' refusals, as they come."""
-
-    async def one(run_dir: Path) -> None:
-        query = {"follow": "1"} if args.follow else {}
-        async for drop in follow(run_dir / "agent.sock", "/v1/bpf/drops", query):
-            print(json.dumps(drop) if args.json else _drop(drop), flush=True)
-
-    await asyncio.gather(*(one(run_dir) for run_dir in agents.run_dirs(args)))
-    return 0
 
 
 def _drop(drop: dict[str, Any]) -> str:
@@ -227,12 +226,3 @@ def _drop(drop: dict[str, Any]) -> str:
         f"{when} {paint(colour, drop['reason'])} {source} → {destination} "
         f"{drop['protocol']}/{drop['port']} on {drop['interface']}: {drop['text']}"
     )
-
-
-def _indent(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(f"  {line}")
-
-
-def _print_json(answer: object) -> None:
-    print(json.dumps(answer, indent=2))

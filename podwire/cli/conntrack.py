@@ -11,8 +11,9 @@ from typing import Any
 
 from podwire.cli import agents, conntrack_top
 from podwire.cli.conntrack_reader import Reader, choose
-from podwire.cli.paint import paint, table
+from podwire.cli.output import print_json
 from podwire.net import format_endpoint, parse_address
+from podwire.terminal import paint, table
 
 _FILTERS = (
     "source",
@@ -88,17 +89,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_json(answer: object) -> None:
-    print(json.dumps(answer, indent=2))
-
-
 # --- status ---------------------------------------------------------------------------------------
 
 
 def _status(reader: Reader, args: argparse.Namespace) -> int:
     answer = reader.ask("status", _query(args))
     if args.json:
-        _print_json(answer)
+        print_json(answer)
     else:
         print("\n".join(_status_lines(answer)))
     return 1 if answer["pressure"] else 0
@@ -134,12 +131,21 @@ def _status_lines(answer: dict[str, Any]) -> list[str]:
         )  # fmt: skip
     elif answer.get("full_messages_error"):
         lines.append(f"kernel log   {answer['full_messages_error']}")
-    timeouts = [f"{name} {value}" for name, value in answer["timeouts"].items()]
-    lines.append("timeouts (s) " + "  ".join(timeouts))
+    lines += table(["TIMEOUTS", "SECONDS"], _timeouts(answer["timeouts"]))
     off = [name for name in ("accounting", "timestamps") if not answer[name]]
     if off:
         lines.append(f"off          {', '.join(off)} (no byte counts, no ages)")
     return lines
+
+
+def _timeouts(timeouts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """A row for each protocol: ``tcp``, ``close 10  established 432000``."""
+    protocols: dict[str, list[str]] = {}
+    for name, seconds in timeouts.items():
+        protocol, _, state = name.partition("_timeout")
+        protocols.setdefault(protocol, []).append(f"{state.strip('_') or 'any'} {seconds}")
+    for protocol, states in protocols.items():
+        yield protocol, "  ".join(states)
 
 
 def _rate(value: float | None) -> str:
@@ -219,7 +225,7 @@ def _top(reader: Reader, args: argparse.Namespace) -> int:
         return conntrack_top.run(lambda: reader.ask("top", query), group, args.interval)
     answer = reader.ask("top", query)
     if args.json:
-        _print_json(answer)
+        print_json(answer)
     else:
         lines = conntrack_top.screen(answer, conntrack_top.View(group), rows=args.most)
         print("\n".join(lines))
@@ -229,7 +235,7 @@ def _top(reader: Reader, args: argparse.Namespace) -> int:
 def _advise(reader: Reader, args: argparse.Namespace) -> int:
     answer = reader.ask("advise", {"apply": "1"} if args.apply else {})
     if args.json:
-        _print_json(answer)
+        print_json(answer)
         return 0
     print("\n".join(_advice_lines(answer)))
     return 0
@@ -258,7 +264,7 @@ def _flush(reader: Reader, args: argparse.Namespace) -> int:
     query = _query(args) | ({"stale": "1"} if args.stale else {})
     answer = reader.ask("flush", query | ({"yes": "1"} if args.yes else {}))
     if args.json:
-        _print_json(answer)
+        print_json(answer)
         return 0
     print("\n".join(_flush_lines(answer)))
     return 0

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from podwire.cli.paint import paint, table, width
+from podwire.terminal import paint, table, width
 
 GROUPS = ("pod", "service", "remote", "node", "state", "kind", "snat")
 _KEYS = {"p": "pod", "s": "service", "r": "remote", "n": "node", "t": "state", "k": "kind",

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from podwire.cni import conflist, installation, server
 
-SUMMARY = "put the CNI plugin and its configuration in place"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_folders(parser)

@@ -14,17 +14,22 @@ from typing import Any
 from podwire.agent.options import (
     ACCELERATIONS,
     ALGORITHMS,
+    DATAPATHS,
+    LOG_LEVELS,
     MODES,
     ROUTINGS,
     TUNNEL_PROTOCOLS,
+    WIRINGS,
     Options,
 )
+from podwire.cli import status
+from podwire.cli.output import indented, print_json
 from podwire.errors import ConfigError, PodwireError
 from podwire.lab import manifests, state
 from podwire.lab.cluster import UNREADY_TIMEOUT_S, Lab
-from podwire.lab.terminal import Terminal, table
-
-SUMMARY = "a cluster in network namespaces on this machine"
+from podwire.lab.overview import overview
+from podwire.lab.readiness import is_ready
+from podwire.terminal import clear, paint, progress, table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,40 +45,47 @@ def configure(parser: argparse.ArgumentParser) -> None:
         return command
 
     up = add("up", "bring a lab up and wait until all pods are ready")
-    up.add_argument("--nodes", type=int, default=2, metavar="N")
+    up.add_argument("--nodes", type=int, default=2, metavar="N", help="how many (%(default)s)")
     up.add_argument("--dual-stack", action="store_true", help="IPv4 and IPv6")
-    up.add_argument("--routing", choices=ROUTINGS, default="direct")
-    up.add_argument("--tunnel-protocol", choices=TUNNEL_PROTOCOLS, default="vxlan")
-    up.add_argument("--wiring", choices=("bridge", "routed", "vpc"), default="bridge")
-    up.add_argument("--datapath", choices=("auto", "nftables", "iptables", "ebpf"), default="auto")
-    up.add_argument("--lb-algorithm", choices=ALGORITHMS, default="random")
-    up.add_argument("--lb-mode", choices=MODES, default="snat")
-    up.add_argument("--lb-acceleration", choices=ACCELERATIONS, default="disabled")
+    default, given = Options(), "the agent's (%(default)s)"
+    for name, choices in (
+        ("wiring", WIRINGS),
+        ("routing", ROUTINGS),
+        ("tunnel_protocol", TUNNEL_PROTOCOLS),
+        ("datapath", DATAPATHS),
+        ("lb_algorithm", ALGORITHMS),
+        ("lb_mode", MODES),
+        ("lb_acceleration", ACCELERATIONS),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        up.add_argument(flag, choices=choices, default=getattr(default, name), help=given)
     up.add_argument(
         "--instance-type", default="m5.large", help="of the nodes, with --wiring vpc (%(default)s)"
     )
-    up.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    up.add_argument(
+        "--log-level", choices=LOG_LEVELS, default="info", help="of all processes (%(default)s)"
+    )
     _manifest_options(up)
     _wait_options(up)
     apply = add("apply", "apply manifests")
     _manifest_options(apply, required=True)
     _wait_options(apply)
     _manifest_options(add("delete", "delete what manifests name"), required=True)
-    add("ls", "list labs, nodes and pods; all labs unless one is named").set_defaults(name="")
-    status = add("status", "what runs and what does not")
-    status.add_argument("--json", action="store_true")
+    listing = commands.add_parser("ls", help="labs, their nodes and pods")
+    listing.add_argument("--name", default="", help="only this lab (default: all)")
+    looked = add("status", "what runs and what does not")
     execute = add("exec", "run a program in a pod, on a node (node/NAME) or outside")
-    execute.add_argument("-n", "--namespace", default="default")
-    execute.add_argument("target", metavar="POD")
+    execute.add_argument("target", metavar="POD", help="a pod, what made it, node/NAME or outside")
     execute.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD")
     logs = add("logs", "the requests that a pod saw")
-    logs.add_argument("-n", "--namespace", default="default")
-    logs.add_argument("--json", action="store_true")
-    logs.add_argument("target", metavar="POD")
+    logs.add_argument("target", metavar="POD", help="a pod, what made it, or outside")
+    for each in (execute, logs):
+        each.add_argument("-n", "--namespace", default="default", help="the pod's (%(default)s)")
     reach = add("reach", "who reaches whom, tried with real connections")
     reach.add_argument("-n", "--namespace", default="", help="only pods of this namespace")
-    reach.add_argument("--json", action="store_true")
-    reach.add_argument("--timeout", type=float, default=1.0, metavar="S")
+    reach.add_argument("--timeout", type=float, default=1.0, metavar="S", help="(%(default)s)")
+    for each in (looked, logs, reach):
+        each.add_argument("--json", action="store_true", help="the answer as JSON")
     kubeconfig = add("kubeconfig", "print the path of the kubeconfig")
     kubeconfig.add_argument("--show", action="store_true", help="print its content")
     kubeconfig.add_argument("--shell", action="store_true", help="print a line for eval")
@@ -86,7 +98,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _manifest_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     parser.add_argument(
-        "-f", "--file", action="append", default=[], required=required, metavar="FILE|DIR|-"
+        "-f",
+        "--filename",
+        "--file",
+        action="append",
+        default=[],
+        required=required,
+        metavar="FILE|DIR|-",
+        help="YAML or JSON; may be repeated",
     )
     parser.add_argument(
         "-n", "--namespace", default="", help="for objects that name none (default: default)"
@@ -95,7 +114,9 @@ def _manifest_options(parser: argparse.ArgumentParser, *, required: bool = False
 
 def _wait_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-wait", action="store_true", help="do not wait for readiness")
-    parser.add_argument("--timeout", type=float, default=UNREADY_TIMEOUT_S, metavar="S")
+    parser.add_argument(
+        "--timeout", type=float, default=UNREADY_TIMEOUT_S, metavar="S", help="(%(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,10 +131,9 @@ def _up(args: argparse.Namespace) -> int:
     told = ("tunnel_protocol", "lb_algorithm", "lb_mode", "lb_acceleration")
     agent = {name: getattr(args, name) for name in told}
     Options(wiring=args.wiring, routing=args.routing, datapath=args.datapath, **agent).checked()
-    found = manifests.read(args.file)
-    terminal = Terminal()
+    found = manifests.read(args.filename)
     began = time.monotonic()
-    terminal.progress("making namespaces")
+    progress("making namespaces")
     lab = Lab.up(
         args.name,
         nodes=args.nodes,
@@ -126,55 +146,52 @@ def _up(args: argparse.Namespace) -> int:
         log_level=args.log_level,
     )
     if found:  # the first node to be ready would get all pods
-        lab.wait(args.timeout, lambda readiness: terminal.progress(str(readiness)))
-    failed = _apply_to(lab, found, args, terminal)
+        lab.wait(args.timeout, lambda readiness: progress(str(readiness)))
+    failed = _apply_to(lab, found, args)
     seconds = time.monotonic() - began
-    terminal.print(f"lab {lab.name} is up: {len(lab.record.nodes)} nodes, {seconds:.2f} s")
+    print(f"lab {lab.name} is up: {len(lab.record.nodes)} nodes, {seconds:.2f} s")
     option = "" if lab.name == state.DEFAULT_NAME else f" --name {lab.name}"
-    terminal.print(f"  kubectl: {_export(lab)}")
-    terminal.print(f"  look around: podwire lab ls{option}, podwire lab reach{option}")
+    print(f"  kubectl: {_export(lab)}")
+    print(f"  look around: podwire lab ls{option}, podwire lab reach{option}")
     return failed
 
 
 def _apply(args: argparse.Namespace) -> int:
-    found = manifests.read(args.file)
-    terminal = Terminal()
-    return _apply_to(Lab(args.name), found, args, terminal, say=True)
+    return _apply_to(Lab(args.name), manifests.read(args.filename), args, say=True)
 
 
 def _apply_to(
     lab: Lab,
     found: Sequence[manifests.Manifest],
     args: argparse.Namespace,
-    terminal: Terminal,
     *,
     say: bool = False,
 ) -> int:
     """Apply and wait; 1 when something was refused."""
-    failed = _print_results(lab.apply(found, args.namespace) if found else [], terminal, say)
+    failed = _print_results(lab.apply(found, args.namespace) if found else [], say)
     if not args.no_wait:
-        lab.wait(args.timeout, lambda readiness: terminal.progress(str(readiness)))
-        terminal.clear()
+        lab.wait(args.timeout, lambda readiness: progress(str(readiness)))
+        clear()
     return failed
 
 
 def _delete(args: argparse.Namespace) -> int:
-    found = manifests.read(args.file)
-    return _print_results(Lab(args.name).delete(found, args.namespace), Terminal(), True)
+    found = manifests.read(args.filename)
+    return _print_results(Lab(args.name).delete(found, args.namespace), True)
 
 
-def _print_results(results: Sequence[dict[str, Any]], terminal: Terminal, say: bool) -> int:
-    terminal.clear()
+def _print_results(results: Sequence[dict[str, Any]], say: bool) -> int:
+    clear()
     for result in results:
         where = f"{result['namespace']}/" if result.get("namespace") else ""
         subject = f"{result['kind']} {where}{result['name']}"
         if result["verb"] == "failed":
-            terminal.print(terminal.paint(f"{subject}: {result['error']}", "red"))
+            print(paint("red", f"{subject}: {result['error']}"))
         elif say:
-            terminal.print(f"{subject} {result['verb']}")
+            print(f"{subject} {result['verb']}")
     unknown = sorted({str(r["kind"]) for r in results if not r.get("known", True)})
     if unknown:
-        terminal.print(f"kept, but nothing here acts on it: {', '.join(unknown)}")
+        print(f"kept, but nothing here acts on it: {', '.join(unknown)}")
     return int(any(result["verb"] == "failed" for result in results))
 
 
@@ -190,52 +207,70 @@ def _down(args: argparse.Namespace) -> int:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    terminal = Terminal()
+    """1 when the one named is not there or does not answer."""
     names = [args.name] if args.name else state.names()
+    if not names:
+        print("no lab is up")
+    failed = 0
     for name in names:
-        terminal.print(terminal.paint(name, "bold"))
         try:
-            lab = Lab(name)
-            for line in _listing(lab, terminal):
-                terminal.print(f"  {line}")
+            print("\n".join([paint("bold", name), *indented(_listing(Lab(name)))]))
         except PodwireError as error:
-            terminal.print(terminal.paint(f"  {error}", "red"))
-    return 0
+            print(paint("red", str(error)))
+            failed = int(bool(args.name))
+    return failed
 
 
-def _listing(lab: Lab, terminal: Terminal) -> list[str]:
-    from podwire.lab.readiness import is_ready
-
-    def state_of(obj: dict[str, Any], text: str) -> str:
-        return terminal.paint(text, "green") if is_ready(obj) else terminal.paint(text, "yellow")
-
-    rows: list[list[str]] = []
+def _listing(lab: Lab) -> list[str]:
+    """The lab's nodes, then its pods."""
+    nodes: list[list[str]] = []
     for node in lab.items("/api/v1/nodes"):
         addresses = [a["address"] for a in node["status"]["addresses"] if a["type"] == "InternalIP"]
-        mark = state_of(node, "Ready" if is_ready(node) else "NotReady")
+        mark = _mark(node, "Ready" if is_ready(node) else "NotReady")
         cidrs = ",".join(node["spec"].get("podCIDRs", ()))
-        rows.append(["node", node["metadata"]["name"], mark, ",".join(addresses), cidrs])
+        nodes.append([node["metadata"]["name"], mark, ",".join(addresses), cidrs])
+    pods: list[list[str]] = []
     for pod in lab.items("/api/v1/pods"):
         meta, status = pod["metadata"], pod["status"]
-        addresses = ",".join(entry["ip"] for entry in status.get("podIPs", ()))
+        addresses = [entry["ip"] for entry in status.get("podIPs", ())]
         phase = status.get("phase", "")
+        mark = _mark(pod, phase if is_ready(pod) or phase != "Running" else "NotReady")
         name = f"{meta['namespace']}/{meta['name']}"
-        mark = state_of(pod, phase if is_ready(pod) or phase != "Running" else "NotReady")
-        rows.append(["pod", name, mark, addresses, pod["spec"].get("nodeName", "")])
-    return table(rows)
+        pods.append([name, mark, ",".join(addresses), pod["spec"].get("nodeName", "")])
+    return [
+        *table(["NODE", "STATUS", "ADDRESS", "PODS"], nodes),
+        *table(["POD", "STATUS", "ADDRESS", "NODE"], pods),
+    ]
+
+
+def _mark(obj: dict[str, Any], text: str) -> str:
+    return paint("green" if is_ready(obj) else "yellow", text)
 
 
 def _status(args: argparse.Namespace) -> int:
-    from podwire.lab.overview import overview, render
-
     found = overview(Lab(args.name))
     if args.json:
-        print(json.dumps(found, indent=1))
+        print_json(found)
     else:
-        terminal = Terminal()
-        for line in render(found, terminal):
-            terminal.print(line)
+        print("\n".join(_status_lines(found)))
     return 0 if found["well"] else 1
+
+
+def _status_lines(found: dict[str, Any]) -> list[str]:
+    """Processes, then what each agent says of itself, then what is not ready."""
+    rows = [
+        [role, str(pid), paint("green", "runs")]
+        if pid
+        else [role, "-", paint("red", "does not run")]
+        for role, pid in found["processes"].items()
+    ]
+    lines = [f"{paint('bold', found['lab'])}  {found['ready']}"]
+    lines += indented(table(["PROCESS", "PID", "STATE"], rows))
+    for answer in found["agents"].values():
+        lines += ["", *status.lines(answer)]
+    if found["missing"]:
+        lines += ["", paint("yellow", "not ready"), *indented(found["missing"])]
+    return lines
 
 
 def _logs(args: argparse.Namespace) -> int:
@@ -260,11 +295,9 @@ def _reach(args: argparse.Namespace) -> int:
 
     matrix = reach.measure(Lab(args.name), args.namespace, args.timeout)
     if args.json:
-        print(json.dumps(matrix.as_json(), indent=1))
+        print_json(matrix.as_json())
     else:
-        terminal = Terminal()
-        for line in matrix.render(terminal):
-            terminal.print(line)
+        print("\n".join(matrix.render()))
     return 0
 
 

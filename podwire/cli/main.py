@@ -1,7 +1,7 @@
 """The command line: one subcommand per file in this folder, found by name when it is asked for.
 
-A subcommand module has `SUMMARY` (one line), `configure(parser)` and `run(args) -> int`.
-Modules are imported only when they are used, so that `podwire --help` stays fast.
+A subcommand's module has `configure(parser)` and `run(args) -> int`. Modules are imported only when
+they are used, so that `podwire --help` stays fast.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ COMMANDS: dict[str, str] = {
     "lab": "a cluster in network namespaces on this machine",
     "status": "what runs, what is programmed, what was set aside and why",
     "services": "Services as the data path sees them",
-    "policy": "network policies: why, ls, show, matrix, diff, lint, drops, wait",
+    "policy": "network policies: whom they select, what they decide and why",
     "conntrack": "the connection table by pod and Service",
     "vpc": "ENIs, pods and settings of VPC mode",
     "bpf": "eBPF programs, maps and links",
     "install": "put the CNI plugin and its configuration in place",
-    "uninstall": "take them away again",
+    "uninstall": "take the CNI plugin and its configuration away again",
 }
 
 
@@ -43,12 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         sys.exit(args.run(args))
-    except PodwireError as error:
-        print(f"podwire: {error}", file=sys.stderr)
-        sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
-    except OSError as error:  # a file or folder that is not there or not ours
+    except (PodwireError, OSError) as error:  # OSError: a file that is not there or not ours
         print(f"podwire: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

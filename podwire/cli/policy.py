@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,16 @@ from typing import Any
 import yaml
 
 from podwire.agent import report
-from podwire.agent.control import ask, follow
+from podwire.agent.control import ask
 from podwire.cli import agents
-from podwire.cli.paint import paint, table
+from podwire.cli.output import print_json, print_table
 from podwire.errors import ApiError, ConfigError, PodwireError
 from podwire.kube import kubeconfig
 from podwire.kube.client import Client, Selection
 from podwire.kube.objects import ClusterNetworkPolicy, NetworkPolicy, Node
 from podwire.policy import PolicyRef
+from podwire.terminal import paint
 
-_DESTINATION = re.compile(
-    r"^(?P<host>\[[0-9a-fA-F:.]+\]|[^\[\]]+?)(:(?P<port>\d+))?(/(?P<protocol>tcp|udp|sctp|icmp|icmpv6))?$",
-    re.IGNORECASE,
-)
 _COLOURS = {"allow": "green", "deny": "red", "audit": "yellow"}
 _CELLS = {"allow": ".", "deny": "X", "audit": "a", None: "-"}
 
@@ -70,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 when the connection would be denied, lint found something, or waiting was in vain."""
     match args.action:
         case "drops":
-            return asyncio.run(_drops(args))
+            agents.print_stream(args, "/v1/policy/drops", _drop)
+            return 0
         case "wait":
             return asyncio.run(_wait_reports(args)) if args.kubeconfig else _wait(args)
         case "diff":
@@ -80,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             path, query = _question(args)
             answer = ask(agents.socket(args), f"/v1/policy{path}", query)
     if args.json:
-        print(json.dumps(answer, indent=2))
+        print_json(answer)
     else:
         _PRINTERS[args.action](answer)
     if args.action == "why":
@@ -91,14 +88,8 @@ def run(args: argparse.Namespace) -> int:
 def _question(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     match args.action:
         case "why":
-            found = _DESTINATION.match(args.destination)
-            if found is None:
-                raise ConfigError(f"not DST:PORT[/PROTO]: {args.destination!r}")
-            protocol = (found["protocol"] or "TCP").upper()
-            if found["port"] is None and not protocol.startswith("ICMP"):
-                raise ConfigError(f"{args.destination!r} needs a port: DST:PORT[/PROTO]")
-            query = {"src": args.source, "dst": found["host"].strip("[]"),
-                     "port": found["port"] or "0", "protocol": protocol,
+            host, port, protocol = agents.parse_destination(args.destination)
+            query = {"src": args.source, "dst": host, "port": str(port), "protocol": protocol,
                      "family": args.family}  # fmt: skip
             return "/why", query
         case "ls":
@@ -144,7 +135,7 @@ def _print_list(rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]  # fmt: skip
     header = ["POLICY", "TIER", "SELECTS", "PODS", "ISOLATES", "IN/OUT", "MODE", "PROBLEMS"]
-    print("\n".join(table(header, cells)))
+    print_table(header, cells)
 
 
 def _print_show(policies: list[dict[str, Any]]) -> None:
@@ -198,7 +189,7 @@ def _print_counts(rows: list[dict[str, Any]]) -> None:
          paint(_COLOURS[row["verdict"]], row["verdict"]), str(row["packets"])]
         for row in rows
     ]  # fmt: skip
-    print("\n".join(table(["POLICY", "DIRECTION", "VERDICT", "CONNECTIONS"], cells)))
+    print_table(["POLICY", "DIRECTION", "VERDICT", "CONNECTIONS"], cells)
 
 
 _PRINTERS = {
@@ -210,18 +201,6 @@ _PRINTERS = {
     "lint": _print_lint,
     "counts": _print_counts,
 }
-
-
-async def _drops(args: argparse.Namespace) -> int:
-    """All agents' drops, as they come."""
-
-    async def one(run_dir: Path) -> None:
-        query = {"follow": "1"} if args.follow else {}
-        async for drop in follow(run_dir / "agent.sock", "/v1/policy/drops", query):
-            print(json.dumps(drop) if args.json else _drop(drop), flush=True)
-
-    await asyncio.gather(*(one(run_dir) for run_dir in agents.run_dirs(args)))
-    return 0
 
 
 def _drop(drop: dict[str, Any]) -> str:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import re
 from typing import Any
 
 from podwire.agent.control import ask
 from podwire.cli import agents
-from podwire.cli.paint import paint, table
-from podwire.errors import ConfigError
+from podwire.cli.output import print_json, print_table
+from podwire.terminal import paint
 
-_DESTINATION = re.compile(
-    r"^(?P<host>\[[0-9a-fA-F:.]+\]|[^\[\]]+):(?P<port>\d+)(/(?P<protocol>\w+))?$"
-)
 _COLOURS = {"dnat": "green", "accept": "cyan", "reject": "red", "drop": "red"}
 
 
@@ -46,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         case _:
             answer = _resolve(args)
     if args.json:
-        print(json.dumps(answer, indent=2))
+        print_json(answer)
     else:
         {"ls": _print_list, "show": _print_one}.get(args.action, _print_resolution)(answer)
     return 1 if args.action == "resolve" and answer["verdict"] in ("reject", "drop") else 0
@@ -64,15 +59,8 @@ def _resolve(args: argparse.Namespace) -> Any:
 
 
 def _query(args: argparse.Namespace) -> dict[str, str]:
-    match = _DESTINATION.match(args.destination)
-    if match is None:
-        raise ConfigError(f"not DST:PORT[/PROTO]: {args.destination!r}")
-    return {
-        "src": args.source,
-        "dst": match["host"].strip("[]"),
-        "port": match["port"],
-        "protocol": match["protocol"] or "TCP",
-    }
+    host, port, protocol = agents.parse_destination(args.destination)
+    return {"src": args.source, "dst": host, "port": str(port), "protocol": protocol}
 
 
 def _print_list(rows: list[dict[str, Any]]) -> None:
@@ -83,7 +71,7 @@ def _print_list(rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]  # fmt: skip
     header = ["SERVICE", "PORT", "KIND", "FRONTEND", "POLICY", "BACKENDS", "AFFINITY"]
-    print("\n".join(table(header, cells)))
+    print_table(header, cells)
 
 
 def _print_one(ports: list[dict[str, Any]]) -> None:

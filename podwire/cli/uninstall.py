@@ -7,8 +7,6 @@ import argparse
 from podwire.cli.install import add_folders
 from podwire.cni import conflist, installation
 
-SUMMARY = "take the CNI plugin and its configuration away again"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_folders(parser)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any, cast
 
 from podwire.agent.control import ask
 from podwire.cli import agents
-from podwire.cli.paint import paint, table
+from podwire.cli.output import print_json, print_table
+from podwire.terminal import paint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
             for path in paths:
                 answer |= ask(socket, f"/v1/vpc/{path}", {})
     if args.json:
-        print(json.dumps(answer, indent=2))
+        print_json(answer)
     else:
         {"enis": _print_enis, "pods": _print_pods}.get(args.action, _print_env)(answer)
     return 0
@@ -61,8 +61,8 @@ def _print_enis(answer: Any) -> None:
                 remark,
             ]
         )
-    header = ["ENI", "DEVICE", "TABLE", "SUBNET", "HOLDS", "USED", "COOLING", ""]
-    print(*table(header, rows), sep="\n")
+    header = ["ENI", "DEVICE", "TABLE", "SUBNET", "HOLDS", "USED", "COOLING", "REMARK"]
+    print_table(header, rows)
     totals = (answer["TotalIPs"], answer["AssignedIPs"], answer["CoolingIPs"])
     print("{} addresses, {} with pods, {} cooling".format(*totals))
 
@@ -85,7 +85,7 @@ def _print_pods(answer: Any) -> None:
         ]
         for row in answer
     ]
-    print(*table(["POD", "ADDRESS", "ENI", "DEVICE", "TABLE"], rows), sep="\n")
+    print_table(["POD", "ADDRESS", "ENI", "DEVICE", "TABLE"], rows)
 
 
 def _print_env(answer: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from podwire.kernel import netns
 from podwire.lab import connect
-from podwire.lab.terminal import Terminal, pad, width
+from podwire.terminal import live, pad, paint, width
 
 if TYPE_CHECKING:
     from podwire.lab.cluster import Lab
@@ -80,39 +80,36 @@ class Matrix:
                 counts[outcome] = counts.get(outcome, 0) + 1
         return counts
 
-    def render(self, terminal: Terminal) -> list[str]:
+    def render(self) -> list[str]:
         """Lines for people: rows are sources, columns targets, numbered as the list below says."""
         letters = [str(number) for number in range(1, len(self.targets) + 1)]
         columns = max(map(len, letters), default=1)
         names = max((width(s.name) for s in self.sources), default=0)
         where = max((width(s.where) for s in self.sources), default=0)
         indent = " " * (names + where + 4)
-        lines = [indent + " ".join(terminal.paint(n.rjust(columns), "dim") for n in letters)]
+        lines = [indent + " ".join(paint("dim", n.rjust(columns)) for n in letters)]
         for source in self.sources:
             cells = (
-                _mark(self.outcomes[source.name, target.name], terminal, columns)
-                for target in self.targets
+                _mark(self.outcomes[source.name, target.name], columns) for target in self.targets
             )
             name = pad(source.name, names)
-            place = terminal.paint(pad(source.where, where), "dim")
+            place = paint("dim", pad(source.where, where))
             lines.append(f"{name}  {place}  {' '.join(cells)}")
         lines.append("")
         for number, target in zip(letters, self.targets, strict=True):
-            address = terminal.paint(_endpoint(target), "dim")
-            lines.append(
-                f"  {terminal.paint(number.rjust(columns), 'dim')}  {target.name}  {address}"
-            )
+            address = paint("dim", _endpoint(target))
+            lines.append(f"  {paint('dim', number.rjust(columns))}  {target.name}  {address}")
         legend = (
-            f"{_mark(outcome, terminal)} {_WORDS[outcome]} {count}"
+            f"{_mark(outcome)} {_WORDS[outcome]} {count}"
             for outcome, count in sorted(self.counts().items())
         )
         return [*lines, "", "   ".join(legend)]
 
 
-def _mark(outcome: str, terminal: Terminal, columns: int = 1) -> str:
+def _mark(outcome: str, columns: int = 1) -> str:
     plain, fine, colour = _MARKS[outcome]
-    mark = fine if terminal.live else plain
-    return " " * (columns - 1) + terminal.paint(mark, colour)
+    mark = fine if live() else plain
+    return " " * (columns - 1) + paint(colour, mark)
 
 
 def _endpoint(target: Target) -> str:

@@ -8,11 +8,11 @@ import pytest
 
 from podwire.cli import conntrack
 from podwire.cli.conntrack_top import GROUPS, View, cut, render, screen
-from podwire.cli.paint import width
 from podwire.conntrack import rows
 from podwire.conntrack.attribution import Tally
 from podwire.kernel.ctnetlink.counting import flow_key
 from podwire.net import Protocol
+from podwire.terminal import width
 from tests.unit.conntrack.worlds import CLIENT, NAMES, NODE, OUTSIDE, WEB, WEB_IP, entry
 
 

@@ -13,8 +13,12 @@ from podwire.cli.main import COMMANDS, main
     ("words", "status", "line"),
     [
         ("status --run-dir {tmp}/none", 1, "no agent answers at .*/agent.sock: No such file"),
-        ("services resolve a/b c --run-dir {tmp}", 1, r"podwire: not DST:PORT\[/PROTO\]: 'c'"),
+        ("services resolve a/b c --run-dir {tmp}", 1, r"podwire: 'c' needs a port: DST:PORT"),
         ("policy why a/b c/d --run-dir {tmp}", 1, "podwire: 'c/d' needs a port"),
+        ("policy why a/b c/d:65536 --run-dir {tmp}", 1, "podwire: 'c/d:65536': ports end at 65535"),
+        ("policy why a/b [::1 --run-dir {tmp}", 1, r"podwire: not DST:PORT\[/PROTO\]: '\[::1'"),
+        ("bpf progs --seconds 0", 2, "argument --seconds: not between 0 and 3600: 0"),
+        ("lab ls --name nobody-has-it", 1, "no lab nobody-has-it: `podwire lab up` makes one"),
         ("install --cni-bin-dir {tmp}/file/bin", 1, r"podwire: .*Not a directory: .*file/bin"),
         ("agent --only=services,tea", 1, "podwire: --only takes services, .* not 'tea'"),
         ("agent --cluster-cidr=1.2.3", 1, "podwire: --cluster-cidr: not an IP address: '1.2.3'"),

@@ -3,7 +3,6 @@ import subprocess
 
 import pytest
 
-from podwire.cli import install, uninstall
 from podwire.cli.main import main
 from podwire.cni import conflist, installation
 from podwire.errors import ConfigError
@@ -66,8 +65,3 @@ def test_an_equal_conflist_is_left_alone(tmp_path):
     conflist.remove_conflist(tmp_path)
     conflist.remove_conflist(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_summaries():
-    assert install.SUMMARY
-    assert uninstall.SUMMARY
