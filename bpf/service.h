@@ -378,11 +378,13 @@ static __always_inline enum verdict find_service(const struct flow *flow, struct
 
 	*frontend = NULL;
 	*reason = REASON_UNALLOCATED;
-	if (!flags)
+	if (flags)
+		*frontend = find_frontend(flow, flags);
+	if (!*frontend) { /* an address of the service range that serves other ports only is no exception */
+		if (flags & ADDRESS_CLUSTER_IP)
+			return VERDICT_REJECT;
 		return prefix_flags(&flow->destination) & PREFIX_SERVICES ? VERDICT_DROP : VERDICT_NONE;
-	*frontend = find_frontend(flow, flags);
-	if (!*frontend)
-		return flags & ADDRESS_CLUSTER_IP ? VERDICT_REJECT : VERDICT_NONE;
+	}
 	*reason = REASON_SOURCE_RANGE;
 	if ((*frontend)->flags & FRONTEND_RANGED && !in_ranges(*frontend, &flow->source))
 		return VERDICT_DROP;
