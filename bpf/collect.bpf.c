@@ -146,16 +146,21 @@ static long expire_all(void *map, struct walk *w)
 
 static long forget(void *map, const struct flow *key, struct connection *value, struct walk *w)
 {
-	/* what no Service has led is known by what it addresses: a Service may have that by now */
-	const struct flow *to = value->service ? &value->to : key;
+	/* by the backend, or by what it addresses: a Service has that no more, or (0 is none) only now */
 	struct member_key backend = {
 		.service = value->service,
-		.address = to->destination,
-		.port = to->destination_port,
+		.address = value->to.destination,
+		.port = value->to.destination_port,
+	};
+	struct member_key frontend = {
+		.service = value->service,
+		.address = key->destination,
+		.port = key->destination_port,
 	};
 
 	if (key->protocol != IPPROTO_UDP || value->flags & CONNECTION_REPLY ||
-	    !bpf_map_lookup_elem(&doomed, &backend))
+	    (!bpf_map_lookup_elem(&doomed, &frontend) &&
+	     (!value->service || !bpf_map_lookup_elem(&doomed, &backend))))
 		return 0;
 	pair_of(&w->pair, key, value);
 	remove_both(map, w, key);

@@ -137,7 +137,7 @@ class Connections:
             outer.delete(_RETIRING)
 
     def forget(self, members: Sequence[bytes]) -> Collected:
-        """End UDP flows to these backends (keys of the `members` map, local 0)."""
+        """End UDP flows to these backends and frontends (as keys of the `members` map, list 0)."""
         doomed = self._programs.maps["doomed"]
         size = doomed.info.max_entries
         total = Collected(0, 0, 0)

@@ -32,6 +32,7 @@ from podwire.errors import KernelError
 from podwire.net import Address, Protocol
 from podwire.services import (
     Backend,
+    Family,
     Frontend,
     FrontendKind,
     ProxyConfig,
@@ -275,24 +276,34 @@ class ServicesPart:
             MEMBER_KEY.pack(mapped(b[:-2]), service, b[-2:], MemberList.CLUSTER)
             for service, b in gone
         ]
-        stale += self._claimed(ports)
+        stale += self._readdressed(ports)
         if stale:
             self.connections.forget(stale)
         if gone:
             self._programs.close_sockets({(b[:-2], b[-2:]) for _, b in gone})
 
-    def _claimed(self, ports: _Changes) -> Iterator[bytes]:
-        """What was reachable past all Services, and one has now. ClusterIPs never were."""
+    def _readdressed(self, ports: _Changes) -> Iterator[bytes]:
+        """What was reachable past all Services and one has now (ClusterIPs never were), and what a
+        Service that stays has no more.
+        """
         for name, (old, new) in ports.items():
             if new is None or name.protocol != Protocol.UDP:
                 continue
-            for kind, address, port in set(new.frontends).difference(old.frontends if old else ()):
-                if kind != FrontendKind.CLUSTER_IP:
-                    size = 4 if name.family == 4 else 16
-                    own = [each for each in self._own if len(each) == size]
-                    for each in [address] if address else own:
-                        number = port.to_bytes(2, "big")
-                        yield MEMBER_KEY.pack(mapped(each), 0, number, MemberList.CLUSTER)
+            before, after = old.frontends if old else (), new.frontends
+            for frontend in set(after).difference(before):
+                if frontend.kind != FrontendKind.CLUSTER_IP:
+                    yield from self._flows_to(name.family, frontend, 0)
+            kept = {(address, port) for _, address, port in after}
+            for frontend in before:
+                if frontend[1:] not in kept:
+                    yield from self._flows_to(name.family, frontend, self._leases[name].service)
+
+    def _flows_to(self, family: Family, frontend: Frontend, service: int) -> Iterator[bytes]:
+        size = 4 if family == 4 else 16
+        number = frontend.port.to_bytes(2, "big")
+        own = [each for each in self._own if len(each) == size]
+        for address in [frontend.address] if frontend.address else own:
+            yield MEMBER_KEY.pack(mapped(address), service, number, MemberList.CLUSTER)
 
     # --- everything ----------------------------------------------------------------------------
 
