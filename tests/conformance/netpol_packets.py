@@ -132,7 +132,8 @@ class PacketBackend:
     def _attempts(self, probe: Probe) -> list[Attempt]:
         out: list[Attempt] = []
         for source, destination, expected in probe.cells():
-            from_, to = (self._world.address(end, probe.bits) for end in (source, destination))
+            from_ = self._world.address(source, probe.bits)
+            to = self._world.address(destination, probe.bits, of_service=probe.via_service)
             if from_ is None or to is None:
                 continue
             fd = self._lab.fabric.place(self._real(source)).fd

@@ -153,21 +153,20 @@ class World:
                 raise Malformed(f"unknown action {other!r}")
 
     def addresses(self, endpoint: str) -> list[str]:
-        """Text addresses of an endpoint."""
+        """Text addresses of a pod, a node or an outside client."""
         if endpoint.startswith("node:"):
             return self.nodes[endpoint[5:]]
         if endpoint.startswith("ext:"):
             return self.external[endpoint[4:]]
-        if endpoint in self.services and endpoint not in self.pods:
-            return self.services[endpoint]["clusterIPs"]
         pod = self.pods[endpoint]
         if pod.get("hostNetwork"):
             return self.nodes[pod["node"]]
         return [str(ip) for ip in pod.get("ips", ())]
 
-    def address(self, endpoint: str, bits: int) -> bytes | None:
-        """The address of a family (32 or 128 bits)."""
-        packed = (parse_address(text) for text in self.addresses(endpoint))
+    def address(self, endpoint: str, bits: int, of_service: bool = False) -> bytes | None:
+        """The address of a family (32 or 128 bits). A Service may be called like a pod."""
+        texts = self.services[endpoint]["clusterIPs"] if of_service else self.addresses(endpoint)
+        packed = (parse_address(text) for text in texts)
         return next((one for one in packed if len(one) * 8 == bits), None)
 
     def present(self) -> dict[str, dict[str, Any]]:

@@ -104,7 +104,8 @@ class Model:
     def _choose(self, client: bytes, said: Resolution) -> bytes:
         key = (client, said.service)
         kept, until = self._affinity.get(key, (b"", 0.0))
-        if kept not in said.backends or self._now >= until:
+        forgotten = not said.affinity_timeout_s or self._now >= until
+        if kept not in said.backends or forgotten:
             kept = said.backends[next(self._turn) % len(said.backends)]
         if said.affinity_timeout_s:
             self._affinity[key] = (kept, self._now + said.affinity_timeout_s)
