@@ -67,7 +67,7 @@ def _worlds(closing: contextlib.ExitStack) -> Iterator[tuple[str, World]]:
             programs = Programs(world.name, world.spaces["node"])
             closing.callback(programs.close)
             dsr = "DSR" in name
-            programs.enable("services", *(["dsr"] if dsr else []))
+            programs.enable("services")
             if dsr:
                 peer = frozenset({parse_address(BACKEND)})
                 nodes = NodesPart(programs, masquerade=False)

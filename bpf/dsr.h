@@ -9,13 +9,12 @@
  *
  * The first node keeps an ordinary pair of entries, of which the answers' is only for ICMP errors. On the
  * backend's node, where the option was taken off, packets look like client → backend, and answers
- * become Service → client.
+ * become Service → client. That half works whatever this node itself does with its clients, so that nodes
+ * may change their mode one by one.
  */
 #pragma once
 
 #include "masquerade.h"
-
-const volatile bool with_dsr = false;
 
 struct dsr4 {
 	__u8 type;
@@ -69,11 +68,16 @@ static __always_inline bool may_lead(const struct flow *flow, const struct choic
 {
 	const __u32 ours = NETWORK_NODE | NETWORK_PODS | NETWORK_OWN_PODS;
 
-	if (!with_dsr || !choice->dsr || network_flags(&flow->source) & ours ||
+	if (!choice->dsr || network_flags(&flow->source) & ours ||
 	    !(network_flags(&choice->backend.address) & (NETWORK_NODE | NETWORK_PODS)))
 		return false;
 	return !(address_flags(&flow->destination) & ADDRESS_NODE) ||
 	       network_flags(&flow->destination) & NETWORK_NODE;
+}
+
+static __always_inline bool is_led_away(const struct connection *connection)
+{
+	return (connection->flags & (CONNECTION_DSR | CONNECTION_REPLY)) == CONNECTION_DSR;
 }
 
 /* How long the packet becomes with the option; 0: it has none now but could not take one either. */
@@ -239,7 +243,7 @@ static __always_inline bool is_believed(const struct packet *p, const struct flo
 	bool node = network_flags(&service->destination) & NETWORK_NODE;
 	struct frontend *frontend = find_frontend(service, node ? ADDRESS_NODE_PORT : 0);
 
-	if (!frontend || !(frontend->flags & FRONTEND_DSR) || network_flags(&p->flow.source) & ours)
+	if (!frontend || !(frontend->flags & FRONTEND_EXTERNAL) || network_flags(&p->flow.source) & ours)
 		return false;
 	*id = frontend->service;
 	return (!(frontend->flags & FRONTEND_RANGED) || in_ranges(frontend, &service->source)) &&

@@ -90,7 +90,7 @@ struct member_key {
 enum member_list {
 	MEMBER_CLUSTER,
 	MEMBER_LOCAL, /* of this node's list */
-	MEMBER_HERE, /* on this node, whatever policies and topology say: DSR may lead to it */
+	MEMBER_HERE, /* on this node, whatever policies and topology say: other nodes may lead to it */
 };
 
 struct affinity_key {

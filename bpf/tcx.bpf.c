@@ -372,7 +372,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		return TCX_NEXT; /* what is inside is looked at when it is out */
 	if (p->kind == PACKET_ICMP_ERROR)
 		return pass_error(ctx, w, place);
-	if (with_dsr && place == PLACE_NETWORK && p->transport != p->network + plain_head(p)) {
+	if (place == PLACE_NETWORK && p->transport != p->network + plain_head(p)) {
 		int taken = take(ctx, w);
 
 		if (taken)
@@ -398,7 +398,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 		int verdict = neighbour && !is_shadowed(w) ? to_pod(ctx, p, neighbour, false) :
 							     begin(ctx, w, place);
 
-		return with_dsr && verdict == LEAD ? lead(ctx, w) : verdict;
+		return place == PLACE_NETWORK && verdict == LEAD ? lead(ctx, w) : verdict;
 	}
 	touch(connection, p);
 	if (connection->flags & CONNECTION_STACK)
@@ -406,7 +406,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 	if (!(connection->flags & CONNECTION_TRANSLATED))
 		return send(ctx, p, place, false, false);
 	w->to = connection->to;
-	if (with_dsr && (connection->flags & (CONNECTION_DSR | CONNECTION_REPLY)) == CONNECTION_DSR) {
+	if (place == PLACE_NETWORK && is_led_away(connection)) {
 		w->tell = is_start(p) && has_room(ctx, p, &w->to);
 		return lead(ctx, w);
 	}

@@ -142,7 +142,7 @@ int from_driver(struct xdp_md *ctx)
 	if (!(connection->flags & CONNECTION_TRANSLATED) || is_reopened(connection, p))
 		return XDP_PASS;
 	w->to = connection->to;
-	w->tell = with_dsr && connection->flags & CONNECTION_DSR && is_start(p);
+	w->tell = is_led_away(connection) && is_start(p);
 	if (!leaves_here(ctx, w, &route))
 		return XDP_PASS;
 	touch(connection, p);

@@ -49,8 +49,6 @@ def make_programs(options: Options) -> Programs:
         wanted.append("masquerade")
     if options.routing == "vxlan" and "nodes" in options.parts:
         wanted.append("overlay")
-    if options.lb_mode == "dsr":
-        wanted.append("dsr")
     programs.enable(*wanted, attach=False)
     return programs
 

@@ -171,7 +171,7 @@ def _add_nodes(built: Built, options: Options) -> None:
     if programs is not None and options.routing == "vxlan":
         tunnels = OverlayPart(programs)
         built.syncs.append(Sync("overlay", (Node,), compiler.update, tunnels))
-    if options.masquerade or options.lb_mode == "dsr":
+    if options.masquerade or programs is not None:  # eBPF must know the other nodes in any case
         part = built.datapath.nodes()
         built.syncs.append(Sync("masquerade", (Node,), compiler.update, part))
     built.requirements += FORWARDING

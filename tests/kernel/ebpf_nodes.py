@@ -40,12 +40,12 @@ ADDRESSES = {"client": CLIENT, **NODES}
 class Node:
     """The eBPF data path of one node, Services balanced as told."""
 
-    def __init__(self, name, space, balancing, features=()):
+    def __init__(self, name, space, balancing):
         self.space = space
         self.programs = Programs(name, space)
         self.services = ServicesPart(programs=self.programs, balancing=balancing)
         self.nodes = NodesPart(self.programs)
-        self.programs.enable("services", "pods", "masquerade", *features)
+        self.programs.enable("services", "pods", "masquerade")
 
     def apply(self, table):
         self.services.apply(table)
@@ -80,11 +80,11 @@ class Nodes:
     def __exit__(self, *_):
         self._closing.close()
 
-    def start(self, name, balancing=None, features=("dsr",)):
+    def start(self, name, balancing=None):
         """The data path of node `name`, which knows the other node."""
         pin = f"pwt-{os.getpid()}-{uuid.uuid4().hex[:6]}-{name}"
         self._closing.callback(self._unpin, pin)
-        node = Node(pin, self.spaces[name], balancing or Balancing(mode="dsr"), features)
+        node = Node(pin, self.spaces[name], balancing or Balancing(mode="dsr"))
         self._closing.callback(node.programs.close)
         owners = {parse_prefix(cidr): each for each in NODES for cidr in POD_CIDRS[each]}
         own = {parse_prefix(cidr) for cidr in POD_CIDRS[name]}

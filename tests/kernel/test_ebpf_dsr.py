@@ -10,8 +10,10 @@ import time
 
 import pytest
 
+from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.layout import CONNECTION
 from podwire.datapath.ebpf.programs import OBJECTS
+from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
 from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address, parse_prefix
@@ -254,6 +256,30 @@ def test_silence_ends_no_open_connection_and_what_ended_goes_soon(world):
             age(node, 62)
             node.services.connections.expire()
         assert entries(node, port) == 0
+
+
+@pytest.mark.parametrize("generic_xdp", [False, True])
+def test_nodes_change_their_mode_one_by_one_and_no_connection_breaks(generic_xdp):
+    with Nodes() as made, contextlib.ExitStack() as opened:
+        nodes = {name: made.start(name, Balancing(mode="snat")) for name in NODES}
+        if generic_xdp:
+            nodes["a"].programs.accelerate(made.ifindex("a", "up0"), generic=True)
+        for kind in (TCP, UDP):
+            made.serve("pod", POD[4], 80, kind)
+        modes = dict.fromkeys(NODES, "snat")
+        open_ones = []
+        for name, mode in (("", ""), ("a", "dsr"), ("b", "dsr"), ("a", "snat"), ("b", "snat")):
+            modes[name] = mode
+            for each, node in nodes.items():
+                balancing = Balancing(mode=modes[each])
+                part = ServicesPart(programs=node.programs, balancing=balancing)  # a new agent
+                part.apply(make_table(each, make_ports(each == "b")))
+            seen = CLIENT[4] if modes["a"] == "dsr" else NODES["a"][4]
+            for kind in (TCP, UDP):
+                client = opened.enter_context(made.connect(NODES["a"][4], 30080, kind))
+                open_ones.append((client, seen))
+            for client, server_sees in open_ones:
+                assert ask(client) == (server_sees, 3)
 
 
 # --- packets ----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ class NodesPart:
     )
 
     def __init__(self, programs: Programs, *, masquerade: bool = True) -> None:
-        """Without `masquerade` the networks are only known, as DSR needs."""
+        """Without `masquerade` the networks are only known, as direct server return needs."""
         self._programs = programs
         self._masquerade = masquerade
         self._table: RouteTable | None = None

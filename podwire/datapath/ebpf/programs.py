@@ -149,7 +149,7 @@ class Programs:
         return frozenset(self._features)
 
     def enable(self, *wanted: str, attach: bool = True) -> None:
-        """Switch on ``services``, ``policy``, ``pods``, ``masquerade``, ``overlay`` or ``dsr``.
+        """Switch on ``services``, ``policy``, ``pods``, ``masquerade`` or ``overlay``.
 
         What is loaded already is loaded anew with them and replaced. Whoever needs several names
         them together: programs that judge are then never replaced by programs that do not. Without
@@ -468,7 +468,6 @@ class Programs:
             "with_masquerade": flag("masquerade"),
             "with_kernel_lookup": bytes([features.has_kfunc("bpf_skb_ct_lookup")]),
             "with_overlay": flag("overlay"),
-            "with_dsr": flag("dsr"),
             "events_per_second": NUMBER.pack(EVENTS_PER_SECOND),
             "node_netns_cookie": COOKIE.pack(netns_cookie(self._netns_fd)),
         }

@@ -397,7 +397,7 @@ class ServicesPart:
             if kind == "frontends":
                 out.update(spelling.frontends(port, lease, settings, dsr=dsr))
             elif kind == "members":
-                out.update(spelling.members(port, lease, dsr=dsr))
+                out.update(spelling.members(port, lease))
             else:
                 out.update(spelling.ranges(port, lease))
         return out

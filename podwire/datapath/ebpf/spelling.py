@@ -113,12 +113,12 @@ def needs_members(port: ServicePort) -> bool:
     return port.affinity_timeout_s > 0 or port.name.protocol == Protocol.UDP
 
 
-def members(port: ServicePort, lease: Lease, *, dsr: bool = False) -> Iterator[tuple[bytes, bytes]]:
+def members(port: ServicePort, lease: Lease) -> Iterator[tuple[bytes, bytes]]:
     """Keys of the `members` map, with a value that says nothing."""
     lists: list[tuple[MemberList, tuple[Backend, ...]]] = []
     if needs_members(port):
         lists += [(MemberList.CLUSTER, port.cluster), (MemberList.LOCAL, port.local)]
-    if dsr and port.externally_accessible:
+    if port.externally_accessible:
         lists.append((MemberList.HERE, port.hosted))
     for list_, backends in lists:
         for backend in backends:
