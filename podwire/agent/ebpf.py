@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from podwire.agent.logs import event
 from podwire.agent.options import Options
 from podwire.agent.pods import Gate
 from podwire.datapath.ebpf import pinned, takeover
 from podwire.datapath.ebpf.balancing import Balancing
-from podwire.datapath.ebpf.fill import Fill, Pressure, measure
 from podwire.datapath.ebpf.layout import Phase
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.programs import Programs, missing
@@ -27,8 +21,6 @@ from podwire.net import Address
 from podwire.wiring import Attachment
 
 log = logging.getLogger("podwire.agent.ebpf")
-
-FILL_PERIOD_S = 5.0
 
 
 def unavailable() -> str:
@@ -160,38 +152,3 @@ def _link(attachment: Attachment) -> PodLink:
         tuple(each.address for each in attachment.addresses),
         attachment.netns,
     )
-
-
-class MapWatch(Collector):
-    """Maps that have a limit: told in the status, the log and metrics before they reach it."""
-
-    def __init__(self, programs: Programs) -> None:
-        self._programs = programs
-        self._pressure = Pressure()
-        self._fills: list[Fill] = []
-
-    def reasons(self) -> list[str]:
-        """One sentence for each map that is nearly full. The connection table has its own."""
-        return [str(fill) for name, fill in self._pressure.full.items() if name != "connections"]
-
-    async def run(self, agent: Any) -> None:
-        """Measure again and again, until cancelled."""
-        agent.metrics.registry.register(self)
-        while True:
-            self._fills = await asyncio.to_thread(measure, self._programs)
-            for fill in self._pressure.see(self._fills):
-                event(log, logging.WARNING, "a map is nearly full", map=fill.name, held=fill.held,
-                      room=fill.room)  # fmt: skip
-            await asyncio.sleep(FILL_PERIOD_S)
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        share = GaugeMetricFamily(
-            "podwire_bpf_map_fill", "Share of a map's limit that is taken", labels=["map"]
-        )
-        entries = GaugeMetricFamily(
-            "podwire_bpf_map_entries", "Entries of a map that has a limit", labels=["map"]
-        )
-        for fill in self._fills:
-            share.add_metric([fill.name], fill.share)
-            entries.add_metric([fill.name], fill.held)
-        yield from (share, entries)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import gc
 import logging
-import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,10 +33,11 @@ from podwire.agent.pods import Pods
 from podwire.agent.sync import Sync
 from podwire.agent.sync_metrics import SyncCollector
 from podwire.agent.watch import KernelWatch, Watcher
-from podwire.errors import ApiError, ConfigError, PodwireError
+from podwire.errors import ApiError, PodwireError
 from podwire.kernel.address import RTM_DELADDR
-from podwire.kube import kubeconfig, snapshot
+from podwire.kube import snapshot
 from podwire.kube.client import Client, Selection
+from podwire.kube.kubeconfig import ClusterConfig
 from podwire.kube.objects import EndpointSlice, Node, Service
 from podwire.kube.reflector import Reflector
 from podwire.kube.store import ChangeSet, Kind, Store
@@ -53,10 +52,11 @@ FOLLOW_UP_PERIOD_S = 30.0
 
 
 class Agent:
-    """One node's daemon."""
+    """One node's daemon. `config` is its way to the API, `datapath` on its way meanwhile."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, config: ClusterConfig, datapath: Future[DataPath]) -> None:
         self.options = options
+        self._config, self._starting = config, datapath
         self.store = Store()
         self.metrics = Metrics()
         self.health = Health(timeout_s=2 * options.sync_period_s)
@@ -93,12 +93,11 @@ class Agent:
         self.options.run_dir.mkdir(parents=True, exist_ok=True)
         self.options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         endpoints = Endpoints(self.metrics, self.health, self.configuration)
-        config = kubeconfig.load(self.options.kubeconfig or None)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.control.stop)
             stack.push_async_callback(endpoints.stop)
             stack.push_async_callback(self._leave_pods)
-            client = self.client = await stack.enter_async_context(Client(config))
+            client = self.client = await stack.enter_async_context(Client(self._config))
             await endpoints.start(
                 self.options.healthz_bind_address, self.options.metrics_bind_address
             )
@@ -145,8 +144,7 @@ class Agent:
             self._loop.wake()
 
     async def _serve(self, client: Client, known: bool) -> None:
-        # the kernel verifies programs on another core while the lists come in
-        datapath = await asyncio.to_thread(DataPath, self.options)
+        datapath = await asyncio.wrap_future(self._starting)
         self._datapath = datapath.name
         node = await self._own_node()
         if not known:
@@ -381,35 +379,6 @@ def triggers(changes: ChangeSet) -> Iterator[tuple[str, float]]:
             with contextlib.suppress(ValueError):
                 moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
                 yield change.new.address_type, moment.timestamp()
-
-
-def _lock(run_dir: Path) -> int:
-    """One agent per run directory. Raises ConfigError when another one holds it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    fd = os.open(run_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise ConfigError(f"another agent already runs in {run_dir}") from None
-    return fd
-
-
-def run(options: Options) -> int:
-    """Run the agent to its end; the exit status."""
-    # Objects and tables live long: without this, collector pauses double the time of a cold start.
-    gc.set_threshold(100_000, 50, 100)
-    status = 0
-    lock = _lock(options.run_dir)
-    try:
-        status = asyncio.run(Agent(options).run())
-    except* (PodwireError, OSError) as group:
-        for error in group.exceptions:
-            event(log, logging.ERROR, "cannot go on", error=error)
-        status = 1
-    finally:
-        os.close(lock)
-    return status
 
 
 def cleanup(options: Options) -> int:

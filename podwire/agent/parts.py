@@ -17,6 +17,7 @@ from podwire.agent.admission import Admission
 from podwire.agent.conntrack import ConntrackRoom
 from podwire.agent.control import ControlServer
 from podwire.agent.datapaths import BRIDGE, DataPath, Removable, leftovers
+from podwire.agent.ebpf_metrics import MapWatch
 from podwire.agent.health import ServiceHealth
 from podwire.agent.loop import Loop
 from podwire.agent.options import Options
@@ -249,7 +250,7 @@ def _add_ebpf(built: Built) -> Refusals | None:
     refusals = Refusals(programs)
     built.serving.append(refusals.serve)
     built.tasks.append(refusals.run)
-    maps = ebpf.MapWatch(programs)
+    maps = MapWatch(programs)
     built.reasons.append(maps.reasons)
     built.tasks.append(maps.run)
     return refusals

@@ -113,10 +113,12 @@ def options_from(args: argparse.Namespace) -> Options:
 
 
 def run(args: argparse.Namespace) -> int:
-    from podwire.agent import logs, main
+    from podwire.agent import logs, start
 
     options = options_from(args)
     logs.setup(options.log_level)
     if args.cleanup:
+        from podwire.agent import main
+
         return main.cleanup(options)
-    return main.run(options)
+    return start.run(options)

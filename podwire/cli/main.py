@@ -7,8 +7,11 @@ they are used, so that `podwire --help` stays fast.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 
 from podwire import __version__
 from podwire.errors import PodwireError
@@ -30,6 +33,31 @@ COMMANDS: dict[str, str] = {
 def main(argv: list[str] | None = None) -> None:
     """Run one subcommand and exit with its status: 0 done, 1 failed, 2 bad usage."""
     arguments = sys.argv[1:] if argv is None else argv
+    with _collector_paused():
+        args = _parse(arguments)
+    try:
+        sys.exit(args.run(args))
+    except BrokenPipeError:
+        sys.exit(1)
+    except (PodwireError, OSError) as error:  # OSError: a file that is not there or not ours
+        print(f"podwire: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def _collector_paused() -> Generator[None]:
+    """Modules stay: going through them again and again is a fifth of the time to import them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The words of one subcommand, and `run`, which does what they say."""
     parser = argparse.ArgumentParser(prog="podwire", description="Kubernetes networking")
     parser.add_argument("--version", action="version", version=f"podwire {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -40,13 +68,4 @@ def main(argv: list[str] | None = None) -> None:
             module = importlib.import_module(f"podwire.cli.{name}")
             module.configure(subparser)
             subparser.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
-    try:
-        sys.exit(args.run(args))
-    except BrokenPipeError:
-        sys.exit(1)
-    except (PodwireError, OSError) as error:  # OSError: a file that is not there or not ours
-        print(f"podwire: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return parser.parse_args(arguments)

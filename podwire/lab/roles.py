@@ -10,8 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from podwire.agent import logs
-from podwire.agent.main import run as run_agent
+from podwire.agent import logs, start
 from podwire.agent.options import Options
 from podwire.kernel import netns
 from podwire.kube.objects import Json
@@ -160,4 +159,4 @@ def agent_main(lab: LabDir, record: Record, node: str) -> None:
         datapath=settings["datapath"],
         log_level=settings["log_level"],
     )
-    sys.exit(run_agent(replace(options, **settings["agent"]).checked()))
+    sys.exit(start.run(replace(options, **settings["agent"]).checked()))

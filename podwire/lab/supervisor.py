@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 
 from podwire.agent import logs
 from podwire.agent.logs import event
+from podwire.agent.start import load_agent
 from podwire.errors import ConfigError, PodwireError
 from podwire.kernel.bpf import Link
 from podwire.lab import cgroups, enter, mounts, process, topology
@@ -118,6 +119,7 @@ class Supervisor:
         self._listen()
         access = prepare_access(lab, record)
         lab.write(record)  # the children read the nodes there
+        load_agent()
         gc.collect()
         gc.freeze()  # what is imported stays shared with the children
         self._child("api", lambda: api_main(record, access), restarts=False)

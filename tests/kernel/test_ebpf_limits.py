@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from podwire.agent.ebpf import MapWatch
+from podwire.agent.ebpf_metrics import MapWatch
 from podwire.agent.metrics import Metrics
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.conntrack.inspector import PRESSURE

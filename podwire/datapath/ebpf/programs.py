@@ -13,6 +13,7 @@ import os
 import struct
 import threading
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from podwire.datapath.ebpf import pinned
@@ -302,9 +303,8 @@ class Programs:
 
     def spare_policies(self) -> dict[str, GrowingMap]:
         """The maps of the slot that is not in force, with whatever they hold."""
-        for name in POLICY_MAPS:
-            if name not in self._spare:
-                self._spare[name] = self._growing_map(name, 1 - self._policies)
+        if not self._spare:
+            self._spare = self._growing_maps(dict.fromkeys(POLICY_MAPS, 1 - self._policies))
         return self._spare
 
     def turn_policies(self) -> None:
@@ -405,8 +405,8 @@ class Programs:
         for growing in (*self.growing.values(), *self._spare.values()):
             growing.map.close()
         slots = {name: self._policies if name in POLICY_MAPS else 0 for name in _GROWING}
-        self.growing = {name: self._growing_map(name, slot) for name, slot in slots.items()}
-        self._spare = {name: self._growing_map(name, 1 - slots[name]) for name in self._spare}
+        self.growing = self._growing_maps(slots)
+        self._spare = self._growing_maps({name: 1 - slots[name] for name in self._spare})
         for name in self._migration.converted - _MADE_BY_PROGRAMS:
             self.growing[name].replace(self._migration.convert(name))
         self._resume()
@@ -417,10 +417,16 @@ class Programs:
         for old in before.values():
             old.close()
 
-    def _growing_map(self, name: str, slot: int) -> GrowingMap:
-        kind, key, value, entries = _GROWING[name]
-        size = self._capacity if name == "connections" else entries
-        return GrowingMap(name, self.maps[name], kind, key, value, size, slot)
+    def _growing_maps(self, slots: Mapping[str, int]) -> dict[str, GrowingMap]:
+        """Maps by name, each in its slot. Those that are new wait for one grace period together."""
+
+        def growing(name: str) -> GrowingMap:
+            kind, key, value, entries = _GROWING[name]
+            size = self._capacity if name == "connections" else entries
+            return GrowingMap(name, self.maps[name], kind, key, value, size, slots[name])
+
+        with ThreadPoolExecutor(len(_GROWING)) as pool:
+            return dict(zip(slots, pool.map(growing, slots), strict=True))
 
     def _resume(self) -> None:
         """Go on where a process that died stopped."""
