@@ -1,18 +1,20 @@
 """NodePort traffic for other nodes at the driver: there and back, and the rest left to tcx."""
 
+import contextlib
 import os
+import socket
 import struct
 
 import pytest
 
 from podwire.datapath.ebpf.programs import OBJECTS, Programs
 from podwire.datapath.ebpf.services import ServicesPart
-from podwire.kernel import netns
+from podwire.kernel import ethtool, netns
 from podwire.kernel.bpf import features
 from podwire.net import Protocol
 from tests.conformance import service_packets as packets
 from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, UPLINK_MAC, World
-from tests.kernel.test_ebpf_programs import assert_sound
+from tests.kernel.test_ebpf_programs import assert_sound, ones_complement
 from tests.kernel.test_ebpf_services import KINDS, make_port, make_table
 
 pytestmark = [
@@ -23,6 +25,7 @@ if os.geteuid() == 0 and not features.has_xdp_link():
     pytestmark.append(pytest.mark.skip(reason="the kernel lacks XDP links"))
 
 DROP, PASS, TX = 1, 2, 3
+SOL_PACKET, PACKET_AUXDATA, TP_STATUS_CSUMNOTREADY = 263, 8, 8
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +101,60 @@ def test_what_the_link_carries_for_others_is_left_alone(world):
     assert run(world, packet)[0] == TX
 
 
+@pytest.mark.parametrize("computed", [True, False], ids=["whole sums", "partial sums"])
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("protocol", list(KINDS))
-def test_real_clients_do_not_notice(world, family, protocol):
+def test_real_clients_do_not_notice(world, family, protocol, computed):
+    """Also those whose checksums somebody else is to make: what arrives says so, and is right."""
     both = {"family": family, "protocol": protocol}
     backends = [POD[1][family], REMOTE[family]]
     world.part.apply(make_table([make_port("web", 80, backends, **both)]))
-    seen = world.observe("outside", NODE[family], 30080, KINDS[protocol], tries=16)
+    ethtool.offload_checksums("eth0", not computed, world.spaces["outside"])
+    before = world.programs.outcomes()["translated"]
+    with netns.socket(world.spaces["outside"], socket.AF_PACKET, socket.SOCK_RAW) as capture:
+        capture.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
+        capture.bind(("eth0", {4: 0x0800, 6: 0x86DD}[family]))
+        seen = world.observe("outside", NODE[family], 30080, KINDS[protocol], tries=16)
+        captured = list(frames(capture))
     assert seen == {(backend, NODE[family]) for backend in backends}
+    assert world.programs.outcomes()["translated"] > before
+    assert captured
+    for packet, unmade in captured:
+        assert_sound(with_sum(packet) if unmade else packet)
+
+
+def frames(capture):
+    """IP packets that have come, and whether their checksums are still to be made."""
+    capture.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            data, ancillary, *_ = capture.recvmsg(2000, 100)
+            status = struct.unpack_from("=I", ancillary[0][2])[0]
+            yield data[14:], bool(status & TP_STATUS_CSUMNOTREADY)
+
+
+def with_sum(packet):
+    """The packet as its driver would complete it; TCP's and UDP's checksum cover the rest."""
+    start = 20 if packet[0] >> 4 == 4 else 40
+    protocol = packet[9] if start == 20 else packet[6]
+    at = start + (16 if protocol == Protocol.TCP else 6)
+    total = ones_complement(packet[start:]) ^ 0xFFFF
+    return packet[:at] + struct.pack(">H", total or 0xFFFF) + packet[at + 2 :]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("protocol", list(KINDS))
+def test_a_packet_whose_checksum_is_to_be_made_is_left_to_tcx(world, family, protocol):
+    both = {"family": family, "protocol": protocol}
+    world.part.apply(make_table([make_port("far", 80, [REMOTE[family]], **both)]))
+    client = {4: "198.51.100.9", 6: "fd51::9"}[family]
+    whole = packets.first(client, NODE[family], protocol, (5000, 30080), 1)
+    start = 20 if family == 4 else 40
+    addresses = whole[12:20] if family == 4 else whole[8:40]
+    pseudo = ones_complement(addresses + struct.pack(">II", len(whole) - start, protocol))
+    at = start + (16 if protocol == Protocol.TCP else 6)
+    partial = whole[:at] + struct.pack(">H", pseudo) + whole[at + 2 :]
+    assert_sound(with_sum(partial))
+    verdict, frame = run(world, partial)
+    assert (verdict, frame[14:]) == (PASS, partial)
+    assert run(world, whole)[0] == TX
