@@ -139,6 +139,11 @@ def parse_prefix(text: str) -> Prefix:
     return network(address, length)
 
 
+def host_prefix(address: Address) -> Prefix:
+    """The prefix of this address alone: /32 or /128."""
+    return Prefix(address, len(address) * 8)
+
+
 def network(address: Address, length: int) -> Prefix:
     """The prefix of that length which the address is in."""
     shift = len(address) * 8 - length

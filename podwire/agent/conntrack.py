@@ -26,7 +26,6 @@ from podwire.conntrack.source import Source
 from podwire.errors import ApiError, KernelError, PodwireError
 from podwire.kernel import address, sysctl
 from podwire.kernel.ctnetlink import Table
-from podwire.kernel.netlink import NetlinkSocket
 from podwire.kube.client import STRATEGIC_PATCH, Client
 from podwire.kube.objects import Node
 from podwire.kube.store import Store
@@ -198,9 +197,9 @@ class ConntrackRoom:
         if time.monotonic() < self._names_until or self._store is None:
             return
         began = time.monotonic()
-        with NetlinkSocket() as sock:
-            own = {each.address for each in address.dump(sock)}
-        self._names = names.from_store(self._store, self._services(), own, self._options.node_name)
+        self._names = names.from_store(
+            self._store, self._services(), address.own(), self._options.node_name
+        )
         now = time.monotonic()
         self._names_until = now + NAMES_SHARE * (now - began)
 

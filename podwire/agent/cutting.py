@@ -15,7 +15,6 @@ from podwire.errors import KernelError
 from podwire.kernel import address
 from podwire.kernel.ctnetlink import Table
 from podwire.kernel.ctnetlink.entries import Entry, TcpState
-from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Address, Protocol
 from podwire.policy import Packet, PolicyTable
 
@@ -67,7 +66,7 @@ class CuttingPart:
         if not (delta.addresses or delta.endpoints or delta.rule_sets or delta.intervals):
             return
         try:
-            own = _own_addresses(self._netns)
+            own = address.own(self._netns)
             gone = list(denied(table, self._connections.entries(), own))
             self._connections.delete_entries(gone)
         except KernelError as error:
@@ -104,11 +103,6 @@ def denied(
 def open_and_denied(before: PolicyTable, after: PolicyTable) -> list[Entry]:
     """Connections of this node that `before` allows and `after` would deny."""
     with Table() as connections:
-        found = list(denied(after, connections.entries(), _own_addresses(None)))
+        found = list(denied(after, connections.entries(), address.own()))
     already = set(denied(before, found, frozenset()))
     return [entry for entry in found if entry not in already]
-
-
-def _own_addresses(netns_fd: int | None) -> frozenset[Address]:
-    with NetlinkSocket(netns_fd=netns_fd) as sock:
-        return frozenset(each.address for each in address.dump(sock))

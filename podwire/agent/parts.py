@@ -170,7 +170,7 @@ def _add_nodes(built: Built, options: Options) -> None:
         lambda loop: Watcher("routes", routes.concerns, lambda: loop.verify(sync))
     )
     if programs is not None and options.routing == "vxlan":
-        tunnels = OverlayPart(programs)
+        tunnels = OverlayPart(programs=programs)
         built.syncs.append(Sync("overlay", (Node,), compiler.update, tunnels))
     if options.masquerade or programs is not None:  # eBPF must know the other nodes in any case
         part = built.datapath.nodes()

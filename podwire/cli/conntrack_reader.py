@@ -17,7 +17,6 @@ from podwire.conntrack.names import Names
 from podwire.errors import ApiError
 from podwire.kernel import address
 from podwire.kernel.ctnetlink import Table
-from podwire.kernel.netlink import NetlinkSocket
 
 _SAMPLES, _SAMPLE_PERIOD_S = 5, 0.4
 
@@ -65,9 +64,7 @@ class OwnReader:
     names = False
 
     def __init__(self, table: Table) -> None:
-        with NetlinkSocket() as sock:
-            own = {each.address for each in address.dump(sock)}
-        names = Names(own_addresses=own)
+        names = Names(own_addresses=address.own())
         self._inspector = Inspector(table, lambda: names)
 
     def ask(self, what: str, query: dict[str, str] | None = None) -> Any:

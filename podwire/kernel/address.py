@@ -65,6 +65,12 @@ def dump(sock: NetlinkSocket, *, link: int = 0, family: int = 0) -> list[Interfa
     return [parse(reply) for reply in sock.dump(RTM_GETADDR, body, "addresses")]
 
 
+def own(netns_fd: int | None = None) -> frozenset[Address]:
+    """The addresses that the namespace (default: the caller's) itself has."""
+    with NetlinkSocket(netns_fd=netns_fd) as sock:
+        return frozenset(each.address for each in dump(sock))
+
+
 def parse(body: bytes) -> InterfaceAddress:
     """An address from the body of RTM_NEWADDR."""
     _, length, flags, scope, link = _IFADDR.unpack_from(body)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from podwire.errors import InvalidObject
 from podwire.kube.objects import Node
 from podwire.kube.store import ChangeSet
-from podwire.net import Address, Prefix, parse_address, parse_prefix
+from podwire.net import Address, Prefix, host_prefix, parse_address, parse_prefix
 from podwire.nodes.table import Neighbour, NodeRoute, RouteTable, Routing, Tunnel, TunnelProtocol
 
 
@@ -140,7 +140,7 @@ class RouteCompiler:
     def _cluster_prefixes(self, owners: Mapping[Prefix, str]) -> frozenset[Prefix]:
         prefixes = self._no_masquerade | owners.keys()
         if not self._masquerade_to_nodes:
-            prefixes |= {Prefix(each, len(each) * 8) for each in self._node_addresses()}
+            prefixes |= set(map(host_prefix, self._node_addresses()))
         return frozenset(prefixes)
 
     def _node_addresses(self) -> frozenset[Address]:

@@ -10,7 +10,7 @@ import msgspec
 from podwire.errors import InvalidObject
 from podwire.kube.objects import Service
 from podwire.kube.objects import ServicePort as ApiPort
-from podwire.net import Address, Prefix, disjoint, parse_address, parse_prefix
+from podwire.net import Address, Prefix, disjoint, host_prefix, parse_address, parse_prefix
 from podwire.services.endpoints import PROTOCOLS
 from podwire.services.model import (
     Algorithm,
@@ -185,7 +185,7 @@ def _source_ranges(
         return None
     internal = settings.node.internal_ip(family)
     if internal and any(internal in prefix for prefix in mine):
-        mine += [Prefix(vip, len(vip) * 8) for vip in vips]
+        mine += map(host_prefix, vips)
     return disjoint(mine)
 
 

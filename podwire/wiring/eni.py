@@ -24,10 +24,9 @@ from podwire.kernel.monitor import Event
 from podwire.kernel.netlink import NetlinkSocket, Request
 from podwire.kernel.route import TABLE_MAIN, Route
 from podwire.kernel.rule import Rule
-from podwire.net import Address, Prefix, format_address
+from podwire.net import Address, Prefix, format_address, host_prefix
 from podwire.wiring import KERNEL_PROTOCOL
 from podwire.wiring.interference import taken_away
-from podwire.wiring.veth import host_prefix
 
 # 1025-1534 are free for others.
 MARKED_PRIORITY = 1024

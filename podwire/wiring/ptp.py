@@ -16,9 +16,9 @@ from podwire.kernel import address, link, neighbour, route
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.neighbour import Neighbour
 from podwire.kernel.netlink import NetlinkSocket
-from podwire.net import format_address
+from podwire.net import format_address, host_prefix
 from podwire.wiring import KERNEL_PROTOCOL, Attachment, HostLink, veth
-from podwire.wiring.veth import VethWiring, host_prefix
+from podwire.wiring.veth import VethWiring
 
 
 class PtpWiring(VethWiring):

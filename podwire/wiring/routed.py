@@ -30,10 +30,10 @@ from podwire.kernel.neighbour import Neighbour
 from podwire.kernel.netlink import NetlinkSocket, Request
 from podwire.kernel.route import TABLE_MAIN, Route
 from podwire.kernel.rule import Rule
-from podwire.net import Address, Prefix, parse_address
+from podwire.net import Address, Prefix, host_prefix, parse_address
 from podwire.wiring import KERNEL_PROTOCOL, Attachment, HostLink, PodAddress, PodRoute, veth
 from podwire.wiring.interference import taken_away
-from podwire.wiring.veth import VethWiring, host_prefix
+from podwire.wiring.veth import VethWiring
 
 PREFIX = "eni"
 GATEWAYS = {4: parse_address("169.254.1.1"), 16: parse_address("fe80::1")}

@@ -45,10 +45,6 @@ def pod_mac(addresses: Collection[PodAddress]) -> bytes:
     return b""
 
 
-def host_prefix(address: Address) -> Prefix:
-    return Prefix(address, len(address) * 8)
-
-
 def _gateway_for(attachment: Attachment, prefix: Prefix) -> Address:
     """The gateway of the pod's first address of the prefix's family, or b""."""
     return next(

@@ -100,7 +100,7 @@ class Overlay(World):
         self.programs.enable("services", "policy", "pods", "masquerade", "overlay")
         self.services = ServicesPart(programs=self.programs)
         self.policies = PolicyPart(programs=self.programs)
-        self.tunnels = OverlayPart(self.programs)
+        self.tunnels = OverlayPart(programs=self.programs)
         self.nodes = NodesPart(self.programs)
         self._pods()
         self.route_compiler = RouteCompiler("node", "vxlan")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import select
-import socket
 import threading
 import time
 from collections.abc import Callable
 
 from podwire.errors import PodwireError
-from podwire.kernel import netns
+from podwire.kernel.monitor import Group, Monitor
 
 log = logging.getLogger(__name__)
 _INTERVAL_S, _HURRIED_S = 5.0, 1.0
-_RTMGRP_LINK = 1
 
 
 class Housekeeping:
@@ -41,13 +38,9 @@ class Housekeeping:
     def start(self) -> None:
         if self._thread is None:
             stopped, self._wake = os.pipe()
-            events = netns.socket(
-                self._netns_fd, socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE
-            )
-            events.bind((0, _RTMGRP_LINK))
-            events.setblocking(False)
+            links = Monitor([Group.LINK], self._netns_fd)
             self._thread = threading.Thread(
-                target=self._run, args=(stopped, events), name="bpf-housekeeping", daemon=True
+                target=self._run, args=(stopped, links), name="bpf-housekeeping", daemon=True
             )
             self._thread.start()
 
@@ -57,21 +50,21 @@ class Housekeeping:
             self._thread.join()
             self._thread = None
 
-    def _run(self, stopped: int, events: socket.socket) -> None:
+    def _run(self, stopped: int, links: Monitor) -> None:
         due = time.monotonic() + _INTERVAL_S
-        with events:
-            while True:
-                left = max(0.0, due - time.monotonic())
-                ready = select.select([stopped, events], [], [], left)[0]
-                if stopped in ready:
-                    os.close(stopped)
-                    return
-                if events in ready:
-                    _drain(events)
-                    self._try(self._links_changed)
-                if time.monotonic() >= due:
-                    hurried = self._try(self._work)
-                    due = time.monotonic() + (_HURRIED_S if hurried else _INTERVAL_S)
+        while True:
+            left = max(0.0, due - time.monotonic())
+            ready = select.select([stopped, links], [], [], left)[0]
+            if stopped in ready:
+                os.close(stopped)
+                links.close()
+                return
+            if links in ready:
+                links.drain()  # that something changed is all that matters
+                self._try(self._links_changed)
+            if time.monotonic() >= due:
+                hurried = self._try(self._work)
+                due = time.monotonic() + (_HURRIED_S if hurried else _INTERVAL_S)
 
     def _try(self, work: Callable[[], object]) -> object:
         try:
@@ -79,15 +72,3 @@ class Housekeeping:
         except (PodwireError, OSError) as error:  # the next round comes all the same
             log.error("housekeeping of the eBPF data path: %s", error)
             return None
-
-
-def _drain(events: socket.socket) -> None:
-    """Read all; that something changed is all that matters (also when the buffer overran)."""
-    while True:
-        try:
-            events.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno != errno.ENOBUFS:
-                raise

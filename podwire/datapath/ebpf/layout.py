@@ -58,8 +58,8 @@ class FrontendFlag(IntFlag):
     RANGED = 4
     MASQUERADE = 8
     HAS_ENDPOINTS = 16
-    DSR = 64
     ANY_ADDRESS = 32
+    DSR = 64
 
 
 class MemberList(IntEnum):
@@ -182,3 +182,8 @@ def unmapped(address: bytes) -> Address:
 def mapped_length(address: Address, length: int) -> int:
     """A prefix length as it counts among sixteen bytes."""
     return length + 96 if len(address) == 4 else length
+
+
+def prefix_key(address: Address, length: int) -> bytes:
+    """A key of the maps that find the longest prefix of an address."""
+    return PREFIX_KEY.pack(32 + mapped_length(address, length), mapped(address))

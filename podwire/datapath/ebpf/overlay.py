@@ -5,51 +5,28 @@ The device is `wiring.routes`' and tunnel ids are made of what `policy` writes; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from podwire.datapath import Requirement
-from podwire.datapath.ebpf.layout import PREFIX_KEY, TUNNEL, mapped, mapped_length
-from podwire.datapath.ebpf.programs import Programs
-from podwire.net import Prefix
+from podwire.datapath.ebpf.layout import TUNNEL, mapped, prefix_key
+from podwire.datapath.ebpf.part import TablePart
+from podwire.net import host_prefix
 from podwire.nodes import RouteTable
 
 _NOWHERE = bytes(16)
 
 
-class OverlayPart:
-    """The tunnels of a RouteTable."""
+class OverlayPart(TablePart[RouteTable]):
+    """The tunnels of a RouteTable. Once there are some, senders are checked against them."""
 
-    requirements: Sequence[Requirement] = ()
+    feature = "overlay"
 
-    def __init__(self, programs: Programs) -> None:
-        self._programs = programs
-        self._table: RouteTable | None = None
-
-    def start(self) -> None:
-        """Load and attach. Raises Unsupported or KernelError."""
-        self._programs.enable("overlay")
-
-    def apply(self, table: RouteTable) -> None:
-        """Make the map hold `table`'s tunnels; from now on senders are checked against them."""
+    def _apply(self, table: RouteTable) -> None:
         if table is not self._table:
+            self._verify(table)
             self._table = table
-            self.verify()
 
-    def flush(self) -> None:
-        """Nothing waits."""
-
-    def verify(self) -> list[str]:
-        """Repair what somebody changed in the map, and say so."""
-        if self._table is None:
-            return []
-        with self._programs.lock:
-            wrong = self._programs.growing["tunnels"].replace(_entries(self._table))
-            self._programs.sync_links()
+    def _verify(self, table: RouteTable) -> list[str]:
+        wrong = self._programs.growing["tunnels"].replace(_entries(table))
+        self._programs.sync_links()
         return [f"{wrong} entries of map tunnels"] if wrong else []
-
-    def cleanup(self) -> None:
-        self._programs.cleanup()
-        self._table = None
 
     def status(self) -> dict[str, object]:
         """How many tunnels are known."""
@@ -64,21 +41,14 @@ def _entries(table: RouteTable) -> dict[bytes, bytes]:
     macs = {each.remote: each.mac for each in table.fdb}
     inside = {len(address): mapped(address) for address in table.tunnel_addresses}
     here = TUNNEL.pack(underlay, underlay, _NOWHERE, own_mac, own_mac)
-    out = {_key(prefix): here for prefix in (*table.pod_prefixes, _host(table.underlay))}
+    out = {
+        prefix_key(*prefix): here for prefix in (*table.pod_prefixes, host_prefix(table.underlay))
+    }
     for remote, mac in macs.items():
         tunnel = (mapped(remote), underlay, _NOWHERE, mac, own_mac)
-        out[_key(_host(remote))] = TUNNEL.pack(*tunnel)
+        out[prefix_key(*host_prefix(remote))] = TUNNEL.pack(*tunnel)
     for prefix, _, remote in table.routes:
         own = inside.get(len(prefix.address), _NOWHERE)
         tunnel = (mapped(remote), underlay, own, macs[remote], own_mac)
-        out[_key(prefix)] = TUNNEL.pack(*tunnel)
+        out[prefix_key(*prefix)] = TUNNEL.pack(*tunnel)
     return out
-
-
-def _host(address: bytes) -> Prefix:
-    return Prefix(address, len(address) * 8)
-
-
-def _key(prefix: Prefix) -> bytes:
-    length = 32 + mapped_length(prefix.address, prefix.length)
-    return PREFIX_KEY.pack(length, mapped(prefix.address))

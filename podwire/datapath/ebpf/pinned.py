@@ -7,7 +7,6 @@ one folder of maps per layout, ``maps-<version>``. Two: an upgrade is under way 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,17 +95,6 @@ def netns_cookie(netns_fd: int | None) -> int:
             return COOKIE.unpack(probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0]
         except OSError:
             return 0
-
-
-def namespace(netns_fd: int | None) -> int:
-    """The number of the namespace, also the caller's own."""
-    if netns_fd is not None:
-        return netns.inode(netns_fd)
-    own = netns.current()
-    try:
-        return netns.inode(own)
-    finally:
-        os.close(own)
 
 
 def load_objects(

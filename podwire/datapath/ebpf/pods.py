@@ -22,7 +22,8 @@ from podwire.datapath.ebpf.layout import (
     mapped,
     unmapped,
 )
-from podwire.datapath.ebpf.programs import Programs, netns_cookie
+from podwire.datapath.ebpf.pinned import netns_cookie
+from podwire.datapath.ebpf.programs import Programs
 from podwire.errors import KernelError
 from podwire.kernel import netns
 from podwire.kernel.bpf import Map

@@ -10,27 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from podwire.datapath import Requirement
 from podwire.datapath.counts import PolicyCount
-from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.layout import (
     NUMBER,
-    PREFIX_KEY,
     RULE,
     RULE_KEY,
     SUBJECT,
     RuleVerdict,
     mapped,
-    mapped_length,
+    prefix_key,
 )
+from podwire.datapath.ebpf.part import TablePart
 from podwire.datapath.ebpf.pods import set_plain, write_interface
 from podwire.datapath.ebpf.policy_maps import Change, PolicyMaps
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.rulings import Ruling, Rulings, ruling_of
-from podwire.errors import KernelError
 from podwire.kernel import link as links
 from podwire.kernel.netlink import NetlinkSocket
-from podwire.net import Address, Protocol, range_to_prefixes
+from podwire.net import Address, Protocol, host_prefix, range_to_prefixes
 from podwire.policy import Endpoint, PolicyTable, Verdict
 from podwire.policy.rulesets import RuleSet
 from podwire.policy.table import PolicyDelta
@@ -46,45 +43,16 @@ _VERDICTS = {
 _PORTLESS = (Protocol.ICMP, Protocol.ICMPV6)
 
 
-class PolicyPart:
-    """A PolicyTable in maps and programs.
+class PolicyPart(TablePart[PolicyTable]):
+    """A PolicyTable in maps and programs."""
 
-    Alone, it makes its own `Programs` in `netns_fd` (default: the caller's namespace); parts that
-    work together are given the same ones.
-    """
-
-    requirements: Sequence[Requirement] = ()
+    feature = "policy"
 
     def __init__(self, netns_fd: int | None = None, *, programs: Programs | None = None) -> None:
-        self._programs = programs or Programs(netns_fd=netns_fd)
-        self._shared = programs is not None
-        self._table: PolicyTable | None = None
+        super().__init__(netns_fd, programs=programs)
         self._tags = TagIndex("")
         self._rulings = Rulings(self._programs)
         self._maps = PolicyMaps(self._programs)
-
-    def close(self) -> None:
-        """Let go of programs of its own; what is attached goes on."""
-        if not self._shared:
-            self._programs.close()
-
-    @property
-    def connections(self) -> Connections:
-        """The connection table, for ageing and display."""
-        return self._programs.connections
-
-    def start(self) -> None:
-        """Load and attach. Raises Unsupported or KernelError."""
-        self._programs.enable("policy")
-
-    def apply(self, table: PolicyTable) -> None:
-        """Make the maps hold `table`."""
-        with self._programs.lock:
-            try:
-                self._apply(table)
-            except KernelError:
-                self._table = None  # what the maps hold is not known: the next one is written whole
-                raise
 
     def _apply(self, table: PolicyTable) -> None:
         old, self._table = self._table, table
@@ -146,22 +114,10 @@ class PolicyPart:
         with self._programs.lock:
             self._maps.catch_up()
 
-    def verify(self) -> list[str]:
-        """Compare the maps with the table, repair, and name each repair."""
-        with self._programs.lock:
-            return self._verify()
-
-    def _verify(self) -> list[str]:
-        if self._table is None:
-            return []
-        self._attach(self._table.endpoints.values())
-        wrong = self._maps.repair(self._spell(self._table))
+    def _verify(self, table: PolicyTable) -> list[str]:
+        self._attach(table.endpoints.values())
+        wrong = self._maps.repair(self._spell(table))
         return [f"{count} entries of map {kind}" for kind, count in wrong.items()]
-
-    def cleanup(self) -> None:
-        """Detach and remove everything of this node."""
-        self._programs.cleanup()
-        self._table = None
 
     def status(self) -> dict[str, object]:
         """Fill levels of the maps."""
@@ -297,7 +253,7 @@ def _meanings(tags: Mapping[int, int]) -> dict[bytes, bytes]:
 
 def _exact(table: PolicyTable, addresses: Iterable[Address]) -> dict[bytes, bytes]:
     return {
-        PREFIX_KEY.pack(160, mapped(address)): NUMBER.pack(table.addresses[address])
+        prefix_key(*host_prefix(address)): NUMBER.pack(table.addresses[address])
         for address in addresses
         if address in table.addresses
     }
@@ -308,16 +264,13 @@ def _identities(table: PolicyTable) -> dict[bytes, bytes]:
 
     IPv4 lies inside ::/0 as maps write it; what is said of IPv6 must not hold for it.
     """
-    ipv4 = PREFIX_KEY.pack(32 + mapped_length(bytes(4), 0), mapped(bytes(4)))
-    out: dict[bytes, bytes] = {ipv4: NUMBER.pack(_ANYBODY)}
+    out = {prefix_key(bytes(4), 0): NUMBER.pack(_ANYBODY)}
     for first, last, identity in table.intervals:
         size = len(first)
         pieces = range_to_prefixes(
             int.from_bytes(first, "big"), int.from_bytes(last, "big"), size * 8
         )
         for number, length in pieces:
-            address = number.to_bytes(size, "big")
-            key = PREFIX_KEY.pack(32 + mapped_length(address, length), mapped(address))
-            out[key] = NUMBER.pack(identity)
+            out[prefix_key(number.to_bytes(size, "big"), length)] = NUMBER.pack(identity)
     out.update(_exact(table, table.addresses))
     return out

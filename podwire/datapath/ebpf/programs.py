@@ -46,7 +46,6 @@ from podwire.datapath.ebpf.layout import (
     mapped,
 )
 from podwire.datapath.ebpf.migration import Migration
-from podwire.datapath.ebpf.pinned import netns_cookie
 from podwire.errors import KernelError, Unsupported
 from podwire.kernel import link as links
 from podwire.kernel import netns
@@ -59,8 +58,6 @@ log = logging.getLogger(__name__)
 
 OBJECTS = Path(__file__).resolve().parents[2] / "built" / "bpf"
 _REASONS = {reason.value: reason.name.lower() for reason in Reason}
-
-__all__ = ["OBJECTS", "Programs", "missing", "netns_cookie", "outcomes"]
 
 _GROWING = {  # name: kind, key and value size, entries to begin with
     "frontends": (MapType.HASH, FRONTEND_KEY.size, FRONTEND.size, 1024),
@@ -111,7 +108,7 @@ class Programs:
         room: Mapping[str, int] | None = None,
     ) -> None:
         self._netns_fd = netns_fd
-        self.node = node or f"net-{pinned.namespace(netns_fd)}"
+        self.node = node or f"net-{netns.inode(netns_fd)}"
         self._cgroup = cgroup
         self._capacity = connections
         self._room = room or {}
@@ -393,7 +390,7 @@ class Programs:
                 log.warning("removed pins of a namespace that is gone: %s", self.folder)
                 pinned.remove(self.node)
             self._migration = Migration(self.node)
-            pinned.claim(self.node, netns_cookie(self._netns_fd))
+            pinned.claim(self.node, pinned.netns_cookie(self._netns_fd))
         found = bool(pinned.link_paths(self.node))
         loaded = pinned.load_objects(
             self.node, OBJECTS, self._constants(), self._migration.shared, self._room
@@ -475,7 +472,7 @@ class Programs:
             "with_kernel_lookup": bytes([features.has_kfunc("bpf_skb_ct_lookup")]),
             "with_overlay": flag("overlay"),
             "events_per_second": NUMBER.pack(EVENTS_PER_SECOND),
-            "node_netns_cookie": COOKIE.pack(netns_cookie(self._netns_fd)),
+            "node_netns_cookie": COOKIE.pack(pinned.netns_cookie(self._netns_fd)),
         }
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from podwire.datapath import Requirement
 from podwire.datapath.ebpf import hits, maglev, spelling
 from podwire.datapath.ebpf.balancing import Balancing
-from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.hits import Hits
 from podwire.datapath.ebpf.layout import (
     BACKEND,
@@ -24,11 +23,11 @@ from podwire.datapath.ebpf.layout import (
     MemberList,
     mapped,
 )
+from podwire.datapath.ebpf.part import TablePart
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.settings import AddressCounts, write_settings
 from podwire.datapath.ebpf.slots import EMPTY, Run, Slots
 from podwire.datapath.ebpf.spelling import Lease
-from podwire.errors import KernelError
 from podwire.net import Address, Protocol
 from podwire.services import (
     Backend,
@@ -52,14 +51,11 @@ class _Held(NamedTuple):
     lease: Lease
 
 
-class ServicesPart:
-    """A ServiceTable in maps and programs.
+class ServicesPart(TablePart[ServiceTable]):
+    """A ServiceTable in maps and programs."""
 
-    Alone, it makes its own `Programs` in `netns_fd` (default: the caller's namespace); parts that
-    work together are given the same ones.
-    """
-
-    requirements: Sequence[Requirement] = (
+    feature = "services"
+    requirements = (
         Requirement(
             "net.ipv4.ip_forward", "1", "packets for backends elsewhere would not be forwarded"
         ),
@@ -89,9 +85,7 @@ class ServicesPart:
         programs: Programs | None = None,
         balancing: Balancing | None = None,
     ) -> None:
-        self._programs = programs or Programs(netns_fd=netns_fd)
-        self._shared = programs is not None
-        self._table: ServiceTable | None = None
+        super().__init__(netns_fd, programs=programs)
         self._leases: dict[ServicePortName, Lease] = {}
         self._next_service = 1
         self.balancing = balancing or Balancing()
@@ -100,29 +94,6 @@ class ServicesPart:
         self._addresses = AddressCounts()
         self._hits = Hits(self._programs)
         self._own: frozenset[Address] = frozenset()
-
-    def close(self) -> None:
-        """Let go of programs of its own; what is attached goes on."""
-        if not self._shared:
-            self._programs.close()
-
-    @property
-    def connections(self) -> Connections:
-        """The connection table, for ageing and display."""
-        return self._programs.connections
-
-    def start(self) -> None:
-        """Load and attach. Raises Unsupported or KernelError."""
-        self._programs.enable("services")
-
-    def apply(self, table: ServiceTable) -> None:
-        """Make the maps hold `table`."""
-        with self._programs.lock:
-            try:
-                self._apply(table)
-            except KernelError:
-                self._start_over()
-                raise
 
     def _apply(self, table: ServiceTable) -> None:
         delta = table.delta(self._table)
@@ -138,8 +109,8 @@ class ServicesPart:
         self._table = table
 
     def _start_over(self) -> None:
-        """What the maps hold is not known: the next table is written as after a restart."""
-        self._table, self._leases = None, {}
+        super()._start_over()
+        self._leases = {}
         self._slots, self._tables, self._addresses = Slots(), Slots(), AddressCounts()
 
     def flush(self) -> None:
@@ -153,22 +124,16 @@ class ServicesPart:
     def verify(self) -> list[str]:
         """Compare the maps with the table, repair, and name each repair."""
         with self._programs.lock:
-            return self._verify()
+            repairs = [f"attached to new interface {i}" for i in self._programs.sync_links()]
+            return repairs + super().verify()
 
-    def _verify(self) -> list[str]:
-        repairs = [f"attached to new interface {i}" for i in self._programs.sync_links()]
-        if self._table is None:
-            return repairs
-        write_settings(self._programs, self._table.settings)
-        for kind, wanted in self._spell(self._table.ports, self._table.settings).items():
+    def _verify(self, table: ServiceTable) -> list[str]:
+        repairs: list[str] = []
+        write_settings(self._programs, table.settings)
+        for kind, wanted in self._spell(table.ports, table.settings).items():
             if wrong := self._programs.growing[kind].replace(wanted):
                 repairs.append(f"{wrong} entries of map {kind}")
         return repairs
-
-    def cleanup(self) -> None:
-        """Detach and remove everything of this node."""
-        self._programs.cleanup()
-        self._table = None
 
     def status(self) -> dict[str, object]:
         """What is held, and packets refused and dropped for want of a Service or a backend."""

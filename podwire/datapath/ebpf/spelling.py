@@ -17,7 +17,6 @@ from podwire.datapath.ebpf.layout import (
     FRONTEND_KEY,
     MAGLEV,
     MEMBER_KEY,
-    PREFIX_KEY,
     RANGE_KEY,
     AddressFlag,
     DetectBy,
@@ -26,6 +25,7 @@ from podwire.datapath.ebpf.layout import (
     PrefixFlag,
     mapped,
     mapped_length,
+    prefix_key,
 )
 from podwire.datapath.ebpf.slots import EMPTY, Run
 from podwire.net import Address, Prefix, Protocol
@@ -171,8 +171,7 @@ def prefixes(settings: Settings) -> dict[bytes, PrefixFlag]:
         for other, flag in flagged:
             if _covers(other, prefix):
                 flags |= flag
-        length = 32 + mapped_length(prefix.address, prefix.length)
-        out[PREFIX_KEY.pack(length, mapped(prefix.address))] = flags
+        out[prefix_key(*prefix)] = flags
     return out
 
 

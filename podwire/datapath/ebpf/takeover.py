@@ -24,7 +24,6 @@ from podwire.datapath.ebpf.pinned import PinnedMaps
 from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel import address, sysctl
 from podwire.kernel.ctnetlink import Entry, Status, Table, TcpState
-from podwire.kernel.netlink import NetlinkSocket
 from podwire.net import Protocol
 
 # what it has already, and what it could not send back by another way than it came
@@ -46,7 +45,7 @@ def join(programs: Programs, table: Table) -> list[Entry]:
             return []
         if programs.phase is not Phase.JOINING:
             programs.attach(Phase.WAITING)
-            # the pods' sockets have told of their connections (Programs.adopt_connections), but
+            # the pods' sockets have told of their connections (Connections.adopt), but
             # not what netfilter makes of them
             programs.connections.clear()
             _bring(programs, table)
@@ -58,11 +57,9 @@ def join(programs: Programs, table: Table) -> list[Entry]:
 
 
 def _bring(programs: Programs, table: Table) -> list[Entry]:
-    with NetlinkSocket(netns_fd=programs.netns_fd) as netlink:
-        own = frozenset(each.address for each in address.dump(netlink))
     pods = [*programs.maps["endpoints"].items(), *programs.growing["subjects"].map.items()]
     node = Node(
-        own,
+        address.own(programs.netns_fd),
         frozenset(unmapped(key) for key, _ in pods),
         entries.services(programs.growing["frontends"].read()),
     )
@@ -81,8 +78,7 @@ def announce(node: str, table: Table) -> None:
     would take the next packet of one for its first and translate it, too, to who knows where; what
     it has an entry of is let alone. Raises KernelError.
     """
-    with NetlinkSocket(netns_fd=table.netns_fd) as netlink:
-        own = {each.address for each in address.dump(netlink)}
+    own = address.own(table.netns_fd)
     with PinnedMaps(node) as maps:
         table.create(
             entry._replace(

@@ -16,7 +16,7 @@ from podwire.kernel.netlink import NetlinkSocket
 from podwire.kernel.route import NextHop, Route
 from podwire.kube.objects import EndpointSlice, Service
 from podwire.lab.state import LabDir, Node
-from podwire.net import Address, Prefix, parse_address
+from podwire.net import Address, host_prefix, parse_address
 
 SERVICE_LABEL = "kubernetes.io/service-name"
 
@@ -78,5 +78,5 @@ class Balancer:
 
     def _route(self, address: Address, gateways: tuple[Address, ...]) -> Route:
         hops = tuple(NextHop(gateway, self._bridge, 1) for gateway in gateways)
-        prefix = Prefix(address, len(address) * 8)
+        prefix = host_prefix(address)
         return Route(prefix, protocol=route.PROTOCOL_STATIC, nexthops=hops)
