@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,7 +23,7 @@ from podwire.cni.collaborators import Collaborators, binding, follow_mac, guarde
 from podwire.cni.plan import CHAINED, IPAM, Plan
 from podwire.cni.protocol import INVALID_CONFIG, TRY_AGAIN, Call, CniError
 from podwire.cni.removal import Remover
-from podwire.cni.result import Result, encode
+from podwire.cni.result import Result, encode, passed_on
 from podwire.errors import KernelError
 from podwire.wiring import Attachment, HostPorts, Meter, tuning
 from podwire.wiring.meters import ifb_name
@@ -239,11 +239,8 @@ class Addition:
 
 def _express(work: _Work, call: Call) -> None:
     """The answer in the call's version; one that nothing changed goes back as it came."""
-    before = call.config.get("prevResult")
-    if before is not None and not work.changed and before.get("cniVersion") == call.version:
-        document: dict[str, Any] = before
-    else:
-        document = encode(work.result, call.version)
+    before = None if work.changed else call.config.get("prevResult")
+    document = encode(work.result, call.version) if before is None else passed_on(before, call)
     text = msgspec.json.encode(document).decode()
     work.attachment = msgspec.structs.replace(work.attachment, result=text)
 

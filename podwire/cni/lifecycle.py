@@ -22,7 +22,7 @@ from podwire.cni import answer
 from podwire.cni.addition import Addition
 from podwire.cni.collaborators import Collaborators, binding, follow_mac, guarded
 from podwire.cni.config import parse
-from podwire.cni.plan import LOOPBACK, key_of, make
+from podwire.cni.plan import LOOPBACK, key_of, make, role_of
 from podwire.cni.protocol import (
     DIFFERS,
     INVALID_CONFIG,
@@ -33,7 +33,7 @@ from podwire.cni.protocol import (
     CniError,
 )
 from podwire.cni.removal import Remover
-from podwire.cni.result import Interface, Ip, Result, decode, encode
+from podwire.cni.result import Interface, Ip, Result, decode, encode, passed_on
 from podwire.kernel import link, netns
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.wiring import Attachment, Key, loopback, tuning
@@ -63,7 +63,7 @@ class Lifecycle:
         fd = self._pod_netns(call)
         plan = make(call, self._with.node())
         if plan.role == LOOPBACK:
-            return encode(self._loopback(fd, call), call.version)
+            return self._loopback(fd, call)
         deadline = time.monotonic() + self._with.add_deadline_s
         with self._locks.hold(plan.draft.key), self._remover.paused():
             known = self._with.state.get(plan.draft.key)
@@ -74,11 +74,15 @@ class Lifecycle:
             made = self._addition.make(plan, call, fd, deadline)
             return msgspec.json.decode(made.result)
 
-    def _loopback(self, netns_fd: int, call: Call) -> Result:
-        loopback.bring_up(netns_fd)
+    def _loopback(self, netns_fd: int, call: Call) -> dict[str, Any]:
+        """Up; after another plugin, whose result it passes on, this is all that it says."""
+        loopback.set_up(netns_fd, True)
+        before = call.config.get("prevResult")
+        if before is not None:
+            return passed_on(before, call)
         ips = [Ip("127.0.0.1/8", interface=0), Ip("::1/128", interface=0)]
         lo = Interface(loopback.NAME, "00:00:00:00:00:00", sandbox=call.netns)
-        return Result(interfaces=[lo], ips=ips)
+        return encode(Result(interfaces=[lo], ips=ips), call.version)
 
     def _again(self, known: Attachment, call: Call) -> dict[str, Any]:
         """The answer to a repeated ADD."""
@@ -93,6 +97,8 @@ class Lifecycle:
         """Raises KernelError when something of the attachment cannot be taken away."""
         if call.netns_fd is not None and self._is_own(call):
             raise _own_netns()
+        if role_of(call) == LOOPBACK and call.netns_fd is not None and _is_netns(call.netns_fd):
+            loopback.set_up(call.netns_fd, False)
         with self._locks.hold(key_of(call)):
             known = self._with.state.get(key_of(call))
             if known is not None:
@@ -227,16 +233,21 @@ class Lifecycle:
         fd = call.netns_fd
         if fd is None:
             raise CniError(UNKNOWN_CONTAINER, f"failed to open netns {call.netns!r}")
-        with contextlib.suppress(OSError):
-            if fcntl.ioctl(fd, _NS_GET_NSTYPE) == _CLONE_NEWNET:
-                if self._is_own(call):
-                    raise _own_netns()
-                return fd
-        raise CniError(INVALID_NETNS, f"{call.netns} is no network namespace")
+        if not _is_netns(fd):
+            raise CniError(INVALID_NETNS, f"{call.netns} is no network namespace")
+        if self._is_own(call):
+            raise _own_netns()
+        return fd
 
     def _is_own(self, call: Call) -> bool:
         own = call.netns_fd is not None and netns.inode(call.netns_fd) == self._own_netns
         return own and not call.override
+
+
+def _is_netns(fd: int) -> bool:
+    with contextlib.suppress(OSError):
+        return fcntl.ioctl(fd, _NS_GET_NSTYPE) == _CLONE_NEWNET
+    return False
 
 
 def _own_netns() -> CniError:

@@ -73,6 +73,11 @@ def key_of(call: Call) -> Key:
     return Key(call.network, call.container, call.ifname, plugin)
 
 
+def role_of(call: Call) -> str:
+    """What the program does by the name that it was executed by."""
+    return _NAMES.get(call.plugin, (LINK, _ALL_PARTS))[0]
+
+
 def make(call: Call, node: NodeConfig) -> Plan:
     """Raises CniError 4, 6 or 7."""
     conf = parse(call)

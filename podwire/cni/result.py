@@ -17,6 +17,7 @@ from podwire.cni.protocol import (
     NEWEST,
     NOT_EXPRESSIBLE,
     VERSIONS,
+    Call,
     CniError,
 )
 from podwire.net import format_address
@@ -124,6 +125,16 @@ def decode(document: Any, version: str) -> Result:
         return msgspec.convert(plain, Result)
     except (msgspec.ValidationError, AttributeError, TypeError) as error:
         raise CniError(INVALID_CONFIG, f"prevResult makes no sense: {error}") from None
+
+
+def passed_on(document: dict[str, Any], call: Call) -> dict[str, Any]:
+    """A `prevResult` that nothing changed: as it came where its version is the one asked for.
+
+    Raises CniError 6, 7 or 104.
+    """
+    if document.get("cniVersion") == call.version:
+        return document
+    return encode(decode(document, call.version), call.version)
 
 
 def _encode_old(result: Result, version: str) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from podwire.kernel.netlink import NetlinkSocket
 NAME = "lo"
 
 
-def bring_up(netns_fd: int) -> None:
+def set_up(netns_fd: int, up: bool) -> None:
     with NetlinkSocket(netns_fd=netns_fd) as pod:
-        pod.run(link.change(NAME, up=True))
+        pod.run(link.change(NAME, up=up))
 
 
 def check(netns_fd: int) -> list[str]:
