@@ -9,6 +9,7 @@ import time
 import pytest
 
 from podwire.datapath.ebpf import pinned
+from podwire.datapath.ebpf import programs as programs_room
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.policy import PolicyPart
 from podwire.datapath.ebpf.programs import OBJECTS, Programs
@@ -181,3 +182,20 @@ def test_pins_of_a_node_that_is_gone_are_not_taken_over(world):
     services.start()
     assert not list(programs.connections.items())
     programs.close()
+
+
+def test_programs_of_another_version_are_refused_in_one_sentence(world, monkeypatch, tmp_path):
+    monkeypatch.setattr(programs_room, "OBJECTS", tmp_path)
+    programs = Programs(world.name, world.spaces["node"])
+    sentence = r"the compiled eBPF programs have no {} .*another version of podwire.*tools/setup"
+    (tmp_path / "socket.bpf.o").symlink_to(OBJECTS / "socket.bpf.o")
+    with pytest.raises(KernelError, match=sentence.format("constant with_[a-z_]+:")):
+        programs.enable("services")
+    assert not programs.maps  # nothing was loaded
+    (tmp_path / "tcx.bpf.o").symlink_to(OBJECTS / "tcx.bpf.o")
+    programs.enable("services")
+    with pytest.raises(KernelError, match=sentence.format("map departed:")):
+        programs.connections.maintain()
+    with pytest.raises(KernelError, match=sentence.format("program from_driver:")):
+        programs.program("from_driver")
+    programs.cleanup()

@@ -137,7 +137,7 @@ class Attachments:
     def _program(self, name: str) -> Program:
         found = self._find(name)
         if found is None:
-            raise KeyError(name)
+            raise pinned.another_version(f"program {name}")
         return found
 
     def _attach_interface(self, ifindex: int, *, has_ports: bool = False) -> None:

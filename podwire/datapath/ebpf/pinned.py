@@ -97,6 +97,14 @@ def netns_cookie(netns_fd: int | None) -> int:
             return 0
 
 
+def another_version(what: str) -> KernelError:
+    """The error of compiled programs that lack something Python counts on."""
+    return KernelError(
+        f"the compiled eBPF programs have no {what}: they were made for another version of podwire "
+        "(run tools/setup)"
+    )
+
+
 def load_objects(
     node: str,
     objects: Path,
@@ -110,29 +118,34 @@ def load_objects(
     where there is none of ours yet, `room` the sizes of new maps. Raises Unsupported without
     compiled programs, KernelError.
     """
+    paths = {path.name.removesuffix(".bpf.o"): path for path in sorted(objects.glob("*.bpf.o"))}
+    if not paths:
+        raise Unsupported(f"no compiled eBPF programs in {objects}: run tools/setup with clang")
+    specs = {name: ObjectSpec(path) for name, path in paths.items() if _is_for_here(name)}
+    for unknown in constants.keys() - {name for spec in specs.values() for name in spec.constants}:
+        raise another_version(f"constant {unknown}")
     loaded: dict[str, LoadedObject] = {}
     try:
-        for path in sorted(objects.glob("*.bpf.o")):
-            name = path.name.removesuffix(".bpf.o")
-            if name not in _NEEDS or features.has_kfunc(_NEEDS[name]):
-                loaded[name] = _load_object(node, path, constants, older, room)
+        for name, spec in specs.items():
+            loaded[name] = _load_object(node, spec, constants, older, room)
     except BaseException:
         for each in loaded.values():
             each.close()
         raise
-    if not loaded:
-        raise Unsupported(f"no compiled eBPF programs in {objects}: run tools/setup with clang")
     return loaded
+
+
+def _is_for_here(name: str) -> bool:
+    return name not in _NEEDS or features.has_kfunc(_NEEDS[name])
 
 
 def _load_object(
     node: str,
-    path: Path,
+    spec: ObjectSpec,
     constants: Mapping[str, bytes],
     older: Mapping[str, Path],
     room: Mapping[str, int],
 ) -> LoadedObject:
-    spec = ObjectSpec(path)
     place = pins.directory(node, f"maps-{VERSION}")
     shared = [name for name in spec.maps if "." not in name]
     kept: dict[str, Map] = {}

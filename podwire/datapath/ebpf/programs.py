@@ -89,6 +89,13 @@ def missing() -> list[str]:
     return lacks
 
 
+class _Maps(dict[str, Map]):
+    """By name in C. Raises KernelError for one that the compiled programs lack."""
+
+    def __missing__(self, name: str) -> Map:
+        raise pinned.another_version(f"map {name}")
+
+
 class Programs:
     """Programs of one node. Thread-safe as far as its parts are.
 
@@ -125,7 +132,7 @@ class Programs:
         self._overlay = 0
         self._phase = Phase.SERVING
         self._policies = 0
-        self.maps: dict[str, Map] = {}
+        self.maps = _Maps()
         self.growing: dict[str, GrowingMap] = {}
         self._spare: dict[str, GrowingMap] = {}
         self.connections = Connections(self, self._room.get("connections", LIMIT))
@@ -261,7 +268,7 @@ class Programs:
         """A loaded program by its name in C."""
         found = self._find(name)
         if found is None:
-            raise KeyError(name)
+            raise pinned.another_version(f"program {name}")
         return found
 
     def attachments(self) -> Mapping[str, Link]:
@@ -326,7 +333,7 @@ class Programs:
             self._attachments.close()
             for growing in (*self.growing.values(), *self._spare.values()):
                 growing.map.close()
-            self._objects, self.maps, self.growing, self._spare = {}, {}, {}, {}
+            self._objects, self.maps, self.growing, self._spare = {}, _Maps(), {}, {}
             self._features.clear()
             self._migration = None
 
@@ -396,7 +403,7 @@ class Programs:
             self.node, OBJECTS, self._constants(), self._migration.shared, self._room
         )
         before, self._objects = self._objects, loaded
-        self.maps = {name: map for o in loaded.values() for name, map in o.maps.items()}
+        self.maps = _Maps(item for each in loaded.values() for item in each.maps.items())
         *_, self._overlay, phase, self._policies = self._read_settings()
         self._phase = Phase(phase)
         for growing in (*self.growing.values(), *self._spare.values()):
