@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from podwire.errors import ApiError, PodwireError
+from podwire.lab.cluster import Lab
 from podwire.lab.readiness import Readiness
-
-if TYPE_CHECKING:
-    from podwire.lab.cluster import Lab
 
 Json: TypeAlias = dict[str, Any]
 

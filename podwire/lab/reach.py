@@ -8,14 +8,12 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from podwire.kernel import netns
 from podwire.lab import connect
+from podwire.lab.cluster import Lab
 from podwire.terminal import live, pad, paint, width
-
-if TYPE_CHECKING:
-    from podwire.lab.cluster import Lab
 
 Json: TypeAlias = dict[str, Any]
 

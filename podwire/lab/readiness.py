@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from podwire.errors import ApiError
-
-if TYPE_CHECKING:
-    from podwire.lab.cluster import Lab
+from podwire.lab.state import LabDir, Record
 
 Json: TypeAlias = dict[str, Any]
 
@@ -28,6 +26,17 @@ _PROGRAMMED = {
     "?labelSelector=%21service.kubernetes.io/headless",
     "NetworkPolicy": "/apis/networking.k8s.io/v1/networkpolicies",
 }
+
+
+class Lab(Protocol):
+    """What is asked of a `cluster.Lab`."""
+
+    dir: LabDir
+    record: Record
+
+    def items(self, path: str) -> list[Json]: ...
+    def agent(self, node: str, path: str) -> Any: ...
+    def runtime_summary(self) -> Json: ...
 
 
 @dataclass(frozen=True)

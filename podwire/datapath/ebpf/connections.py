@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
+from podwire.datapath.ebpf.growing import GrowingMap
 from podwire.datapath.ebpf.layout import (
     COLLECT,
     CONNECTION,
@@ -15,10 +16,8 @@ from podwire.datapath.ebpf.layout import (
     unmapped,
 )
 from podwire.errors import KernelError
+from podwire.kernel.bpf import Map, Program
 from podwire.net import Address
-
-if TYPE_CHECKING:
-    from podwire.datapath.ebpf.programs import Programs
 
 LIMIT = 2 << 20
 """Entries beyond which the table does not grow: 1,048,576 connections, as kube-proxy's cap."""
@@ -49,13 +48,25 @@ class Collected(NamedTuple):
     failed: int
 
 
+class Loaded(Protocol):
+    """What the table needs of `Programs`."""
+
+    maps: dict[str, Map]
+    growing: dict[str, GrowingMap]
+
+    @property
+    def reads_sockets(self) -> bool: ...
+    def program(self, name: str) -> Program: ...
+    def run_in_pods(self, program: str, ifindexes: Iterable[int]) -> None: ...
+
+
 class Connections:
     """Reads and prunes the table; entries are made by the programs alone.
 
     The table grows to `most` entries.
     """
 
-    def __init__(self, programs: Programs, most: int = LIMIT) -> None:
+    def __init__(self, programs: Loaded, most: int = LIMIT) -> None:
         self._programs = programs
         self._most = most
         self.limit = most
