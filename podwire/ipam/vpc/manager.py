@@ -401,7 +401,9 @@ class Manager(Generic[OwnerT]):
     def failed(self, error: Exception) -> None:
         """EC2 or the kernel complains: nothing new is asked for a while."""
         self.note(error)
-        self._paused_until = max(self._paused_until, self._clock() + self._backoff.next())
+        now = self._clock()
+        if now >= self._paused_until:  # requests that fail together are one complaint
+            self._paused_until = now + self._backoff.next()
         if not isinstance(error, CloudError) or error.out_of_step or error.unanswered:
             self.upkeep.look_at_ec2_soon()
         self._wake.set()

@@ -190,7 +190,12 @@ class Steps(Generic[OwnerT]):
             c.subnets.took(subnet, len(fresh))
 
     async def _unassign(self, flight: Flight, cidrs: Sequence[Prefix]) -> None:
-        await self._c.cloud.unassign(flight.eni, cidrs)
+        try:
+            await self._c.cloud.unassign(flight.eni, cidrs)
+        except CloudError as error:
+            if error.throttled and flight.eni in self._c.store.enis:
+                self._c.store.add_cidrs(flight.eni, cidrs)  # nothing was done: EC2 has them still
+            raise
 
     async def _shortage(self, error: CloudError, subnet_id: str) -> None:
         """Learn from a subnet that has too little; any other error goes on."""

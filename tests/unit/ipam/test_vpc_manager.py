@@ -542,3 +542,35 @@ def test_who_waits_when_the_agent_ends_is_told_so() -> None:
         await manager.close()
 
     run(play())
+
+
+def test_addresses_that_ec2_had_no_time_to_take_back_stay_in_the_books() -> None:
+    async def play() -> None:
+        world = World("t3.small", Settings(warm_ip_target=1, cooldown_s=1))
+        manager = await world.start()
+        await world.assign_all(*pods(3))
+        for pod in pods(3):
+            manager.release(pod)
+        world.cloud.faults.add(Fault("Unassign*", code="RequestLimitExceeded", times=1))
+        await world.until(lambda: world.calls()["UnassignPrivateIpAddresses"] > 0)
+        await asyncio.sleep(1)
+        world.check_at_rest()
+        await manager.close()
+
+    run(play())
+
+
+def test_requests_that_fail_together_are_one_complaint() -> None:
+    async def play() -> None:
+        world = World("m5.4xlarge", Settings(warm_ip_target=0, minimum_ip_target=0))
+        manager = await world.start()
+        world.cloud.faults.add(Fault("*", code="RequestLimitExceeded"))
+        asking = asyncio.ensure_future(world.assign_all(*pods(200)))  # seven ENIs
+        await world.until(lambda: world.calls()["CreateNetworkInterface"] >= 7)
+        await asyncio.sleep(0.5)
+        assert manager._paused_until - world.clock() < 1
+        world.cloud.faults.clear()
+        await asking
+        await manager.close()
+
+    run(play())

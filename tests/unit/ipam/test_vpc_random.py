@@ -140,3 +140,35 @@ def test_no_address_twice_none_lost_every_eni_accounted_for(group: int) -> None:
             run(play())
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {error!r}") from error
+
+
+def test_pods_come_soon_although_ec2_throttles_and_fails() -> None:
+    """One request a second, every fifth of them failing, is enough for six pods in a minute."""
+
+    async def play(seed: int) -> float:
+        world = World("t3.small", Settings(warm_ip_target=2, cooldown_s=1), seed=seed, attach_s=1.0)
+        manager, faults, dice = await world.start(), world.cloud.faults, random.Random(seed)
+        await world.assign_all(*(f"old-{i}" for i in range(6)))
+        faults.bucket = TokenBucket(rate=1, burst=1, filled_at=world.wall())
+        faults.add(Fault("Assign*", lose_answer=True, times=2))
+        faults.add(Fault("*", code="InternalError", probability=0.2))
+        for i in range(2, 6):
+            manager.release(f"old-{i}")
+        await asyncio.sleep(dice.uniform(0, 60))
+        began = world.clock()
+        await asyncio.gather(*(come(world, f"new-{i}") for i in range(6)))
+        await manager.close()
+        return world.clock() - began
+
+    async def come(world: World, pod: str) -> None:
+        """As the kubelet asks."""
+        while True:
+            try:
+                await world.manager.assign(pod, 25)
+                return
+            except Exhausted:
+                await asyncio.sleep(5)
+
+    took = {seed: run(play(seed)) for seed in range(60)}
+    assert {seed: seconds for seed, seconds in took.items() if seconds > 60} == {}
+    assert sorted(took.values())[54] < 30
