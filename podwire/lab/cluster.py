@@ -23,7 +23,7 @@ from typing import Any, TypeAlias, cast
 
 from podwire.errors import ApiError, ConfigError, PodwireError
 from podwire.kernel import netns
-from podwire.lab import control, enter, teardown
+from podwire.lab import control, enter, nursery, teardown
 from podwire.lab.access import Access
 from podwire.lab.manifests import Manifest
 from podwire.lab.readiness import Readiness
@@ -67,8 +67,6 @@ class Lab:
         Returns when every process runs; `wait` waits for the nodes. Raises ConfigError when a lab
         of that name is there already, PodwireError when it does not come up.
         """
-        from podwire.lab import supervisor  # and with it all that a lab runs
-
         lab = LabDir(name)
         if os.geteuid() != 0:
             raise ConfigError("a lab needs root: it makes network namespaces")
@@ -90,7 +88,7 @@ class Lab:
             ) from None
         record = Record(name, dual_stack, settings)
         try:
-            supervisor.start(lab, record, [f"node{i}" for i in range(1, nodes + 1)])
+            nursery.start(lab, record, [f"node{i}" for i in range(1, nodes + 1)])
         except PodwireError:
             teardown.down(lab)
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -22,7 +23,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def fork(name: str, log: Path, main: Callable[[], None], close: tuple[int, ...] = ()) -> int:
     """The id of a child that runs `main` and exits; it is killed when this process dies.
 
-    Its output goes to `log`; `close` are descriptors that it must not keep.
+    Its output goes to `log`; `close` are descriptors that it must not keep. On SIGUSR1 it writes
+    there what its threads are doing.
     """
     parent = os.getpid()
     child = os.fork()
@@ -41,6 +43,7 @@ def fork(name: str, log: Path, main: Callable[[], None], close: tuple[int, ...] 
             with contextlib.suppress(OSError):
                 os.close(fd)
         redirect(log)
+        faulthandler.register(signal.SIGUSR1)
         main()
         status = 0
     except SystemExit as error:
@@ -67,12 +70,8 @@ def redirect(log: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def detach(keep: int) -> bool:
-    """Fork twice, leaving the terminal and the session: True in the daemon, False in the caller.
-
-    Of the caller's descriptors the daemon has the standard ones and `keep`: somebody may wait for
-    the end of a pipe that the caller writes to.
-    """
+def daemon() -> bool:
+    """Fork twice, into a session of its own: True in the daemon, False in the caller."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -80,21 +79,4 @@ def detach(keep: int) -> bool:
     os.setsid()
     if os.fork():
         os._exit(0)
-    _let_go(keep)
     return True
-
-
-def _let_go(keep: int) -> None:
-    """Put /dev/null in the place of every inherited descriptor but `keep` and the standard ones.
-
-    Closing them would free their numbers for descriptors of ours, and the objects that own them
-    (the caller's sockets and files live on in this process) would close those when collected.
-    """
-    nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
-        if fd > 2 and fd not in (keep, nothing):
-            with contextlib.suppress(OSError):  # the listing's own is closed by now
-                os.fstat(fd)
-                os.dup2(nothing, fd, inheritable=False)
-    os.close(nothing)

@@ -5,7 +5,7 @@
         netns/<…>                  network namespaces: underlay, outside, node-<node>, pod-<uid>
         kubeconfig                 for kubectl on this machine; node.kubeconfig for the agents
         nodes/<node>/              run/ and state/ of the agent, cni/net.d
-        log/<process>.log          standard error of every process
+        log/<process>.log          standard error of every process, the supervisor's too
 
 Everything of a lab is found by its name: mounts below the directory, processes in the cgroup of
 that name. `lab.json` helps people and the command line; `down` does not need it.
@@ -107,6 +107,12 @@ class LabDir:
 
     def log(self, process: str) -> Path:
         return self.path / "log" / f"{process}.log"
+
+    def last_words(self, lines: int = 15) -> dict[str, str]:
+        """The end of every process's log that says something, by the process."""
+        logs = sorted((self.path / "log").glob("*.log"))
+        texts = {path.stem: path.read_text(errors="replace").splitlines() for path in logs}
+        return {name: "\n".join(text[-lines:]) for name, text in texts.items() if text}
 
     @property
     def supervisor_socket(self) -> Path:

@@ -15,16 +15,16 @@ import gc
 import json
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from podwire.agent import logs
 from podwire.agent.logs import event
@@ -44,6 +44,7 @@ Json: TypeAlias = dict[str, Any]
 CNI_PLUGIN = Path(__file__).parents[1] / "built" / "podwire-cni"
 RESTART_FIRST_S, RESTART_MOST_S = 0.1, 5.0
 STABLE_S = 10.0  # a process that ran that long starts again at once
+GRACE_S = 20.0  # for a process that is told to end
 
 
 @dataclass
@@ -105,9 +106,9 @@ class Supervisor:
 
     def _bring_up(self) -> None:
         lab, record = self.lab, self.record
-        cgroups.join(cgroups.of_lab(lab.name) and cgroups.of_node(lab.name, "control"))
-        for directory in ("netns", "log", "nodes", "bin"):
+        for directory in ("netns", "nodes", "bin"):
             (lab.path / directory).mkdir()
+        cgroups.join(cgroups.of_lab(lab.name) and cgroups.of_node(lab.name, "control"))
         (lab.path / "bin" / "podwire").symlink_to(CNI_PLUGIN)
         mounts.bind(lab.path, lab.path)
         mounts.share(lab.path)
@@ -258,13 +259,26 @@ class Supervisor:
         }
 
     def _command_stop(self, request: Json) -> None:
-        """End a process and leave it ended; `signal` as a number, by default SIGTERM."""
+        """End a process and leave it ended; `signal` as a number, by default SIGTERM.
+
+        One that does not end in time is killed, and where it hung is an error and in its log.
+        """
         child = self._named(request)
         child.wanted, child.due = False, None
-        if child.pid:
-            signal.pidfd_send_signal(child.pidfd, int(request.get("signal") or signal.SIGTERM))
-            os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
-            self._died(child)
+        if not child.pid:
+            return
+        signal.pidfd_send_signal(child.pidfd, int(request.get("signal") or signal.SIGTERM))
+        ended = _ends(child, GRACE_S)
+        if not ended:
+            signal.pidfd_send_signal(child.pidfd, signal.SIGUSR1)
+            _ends(child, 0.5)
+            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+        self._died(child)
+        if not ended:
+            raise PodwireError(
+                f"{child.role} did not end within {GRACE_S:.0f} s and was killed;"
+                f" what it was doing is in {self.lab.log(child.role)}"
+            )
 
     def _command_start(self, request: Json) -> None:
         """Start a process; `settings` of the lab (another data path) hold from now on."""
@@ -324,30 +338,22 @@ class Supervisor:
                 signal.pidfd_send_signal(child.pidfd, signal.SIGHUP)
 
 
+def _ends(child: Child, seconds: float) -> bool:
+    """Whether it ends within so many seconds; waits for it."""
+    return bool(select.select([child.pidfd], [], [], seconds)[0])
+
+
 def _woken(_number: int, _frame: FrameType | None) -> None:
     """The wakeup descriptor has told the loop."""
 
 
-def start(lab: LabDir, record: Record, node_names: list[str]) -> None:
-    """Start a supervisor in the background; returns when every process runs.
-
-    Raises PodwireError when the lab does not come up (what was made is taken away by `down`).
-    """
-    read, write = os.pipe2(os.O_CLOEXEC)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if process.detach(write):
-        try:
-            process.redirect(lab.path / "supervisor.log")
-            Supervisor(lab, record, node_names, write).run()
-        except BaseException as error:
-            event(log, logging.ERROR, "supervisor failed", error=repr(error))
-        finally:
-            os._exit(0)
-    os.close(write)
+def supervise(lab: LabDir, record: Record, node_names: list[str], ready_fd: int) -> NoReturn:
+    """Be the supervisor of a lab to its end."""
     try:
-        answer = b"".join(iter(lambda: os.read(read, 4096), b"")).decode()
+        (lab.path / "log").mkdir()  # not when `down` was quicker
+        process.redirect(lab.log("supervisor"))
+        Supervisor(lab, record, node_names, ready_fd).run()
+    except BaseException as error:
+        event(log, logging.ERROR, "supervisor failed", error=repr(error))
     finally:
-        os.close(read)
-    if answer != "+":
-        raise PodwireError(f"lab {lab.name} does not come up: {answer or 'the supervisor died'}")
+        os._exit(0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
 
-from podwire.lab import cgroups, mounts, teardown
+from podwire.lab import cgroups, mounts, state, teardown
 from podwire.lab.cluster import Lab
 from podwire.lab.state import LabDir
 
@@ -21,6 +21,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.geteuid() != 0:
         for item in items:
             item.add_marker(pytest.mark.skip(reason="a lab needs root"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What the processes of this worker's labs said last is part of every failure."""
+    report = yield
+    if report.failed:
+        for name in filter(_ours, state.names()):
+            for process, text in LabDir(name).last_words().items():
+                report.sections.append((f"{name}: {process}", text))
+    return report
+
+
+def _ours(lab: str) -> bool:
+    return lab.startswith(f"pwt-{os.getpid()}-")
 
 
 @pytest.fixture
