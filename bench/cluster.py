@@ -120,12 +120,16 @@ class Cluster(AbstractContextManager["Cluster"]):
         process.wait(10)
         self._agents.remove(process)
 
+    def cleanup(self) -> None:
+        """Take what agents left out of the kernel."""
+        command = [sys.executable, "-m", "podwire", "agent", "--cleanup", "--node-name", NODE]
+        netns.run(self.netns_fd, command, timeout_s=120)
+
     def __exit__(self, *exc: object) -> None:
         for process in self._agents:
             process.kill()
             process.wait()
-        command = [sys.executable, "-m", "podwire", "agent", "--cleanup", "--node-name", NODE]
-        netns.run(self.netns_fd, command, timeout_s=120)  # pins outlive the namespace
+        self.cleanup()  # pins outlive the namespace
         self._pipe.close()
         self._server.terminate()
         self._server.join(5)

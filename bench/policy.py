@@ -18,11 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from bench.cluster import NODE, Cluster
-from bench.path import compiled, serving
+from bench.path_worlds import Program, Way, compiled
 from bench.report import Report
 from podwire.kernel import netns
 from podwire.kube import kubeconfig
@@ -196,19 +195,16 @@ async def changes(world: Cluster, pods: Pods) -> dict[str, list[float]]:
     return out
 
 
-def connections(pods: Pods, program: Path) -> list[float]:
+def connections(pods: Pods, program: Program) -> list[float]:
     """Microseconds of connect, one byte each way, close, between the two pods."""
-
-    command = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{pods.fds[1]}", str(program), "serve",
-               SERVER, "5001"]  # fmt: skip
-    with serving(command, lambda: None):
-        done = netns.run(
-            pods.fds[0], [str(program), "ask", SERVER, "5001", str(CONNECTIONS)], timeout_s=60
-        )
-        return [float(line) / 1000 for line in done.stdout.split()]
+    client, server = pods.fds
+    cpu = min(os.sched_getaffinity(0))
+    with program.serving(SERVER, lambda: netns.enter(server)):
+        way = Way("pod → pod", program, lambda: netns.enter(client), SERVER)
+        return [ns / 1000 for ns in way.ask("ask", CONNECTIONS, cpu=cpu)]
 
 
-def measure(size: int, datapath: str, report: Report, program: Path) -> list[float]:
+def measure(size: int, datapath: str, report: Report, program: Program) -> list[float]:
     """All rows of one size; the samples of a connection."""
     with Cluster() as world:
         world.load(objects, size)
@@ -219,7 +215,7 @@ def measure(size: int, datapath: str, report: Report, program: Path) -> list[flo
             found = asyncio.run(changes(world, pods))
             packet = allowed(world, pods, program)
             world.stop(agent)
-            run(world.netns_fd, "nft flush ruleset")
+            world.cleanup()
             assert pods.passes()
             began = time.perf_counter()
             world.agent("--only=policy", f"--datapath={datapath}", "--state-dir",
@@ -242,7 +238,7 @@ def measure(size: int, datapath: str, report: Report, program: Path) -> list[flo
     return packet
 
 
-def allowed(world: Cluster, pods: Pods, program: Path) -> list[float]:
+def allowed(world: Cluster, pods: Pods, program: Program) -> list[float]:
     """Microseconds of connections that a policy allows; afterwards nothing allows them."""
 
     async def write() -> None:
@@ -266,7 +262,7 @@ def main() -> int:
     args = parser.parse_args()
     name = "policy" if args.datapath == "nftables" else f"policy-{args.datapath}"
     report = Report(name, f"Policies through the API, {args.datapath}")
-    with compiled() as program:
+    with compiled(server_cpu=max(os.sched_getaffinity(0))) as program:
         few = measure(OWN_PODS, args.datapath, report, program)
         report.row("a connection at 100 policies", few, "µs")
         for size in map(int, args.sizes.split(",")):
