@@ -139,9 +139,9 @@ class EbpfGate:
             self._inner.admit(attachment)
 
     def dismiss(self, attachment: Attachment) -> None:
+        self._pods.remove(attachment.host_ifindex)
         if self._inner is not None:
             self._inner.dismiss(attachment)
-        self._pods.remove(attachment.host_ifindex)
 
 
 def _link(attachment: Attachment) -> PodLink:

@@ -159,3 +159,18 @@ def test_refusals_are_reported_with_their_flow(world):
         flow[0].endswith(parse_address("10.244.0.78")) and flow[3] == b"\0\x09" for flow in flows
     )
     ring.close()
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_pod_that_is_going_sends_nothing_more(world, family):
+    """Its link is there until the CNI plugin has taken it away."""
+    index = world.ifindex("pod2")
+    link = world.pods._links[index]
+    world.pods.remove(index)
+    try:
+        for target in (POD[1], NODE, OUTSIDE):
+            with pytest.raises(TimeoutError):
+                world.ask("pod2", target[family], 80, socket.SOCK_DGRAM, timeout=0.1)
+    finally:
+        world.pods.add(link)
+    assert world.ask("pod2", POD[1][family], 80)[0] == POD[1][family]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from podwire.datapath.ebpf import pinned
@@ -65,12 +65,6 @@ class Attachments:
         self._pods.add(ifindex)
         if self.active:
             self._attach_interface(ifindex)
-
-    def remove_pod(self, ifindex: int) -> None:
-        """The veth is gone or is going."""
-        self._pods.discard(ifindex)
-        for name in list(self._names(ifindex)):
-            self._detach(name)
 
     def sync(self, present: Mapping[int, Interface], gone: Callable[[int], None]) -> list[int]:
         """Attach to interfaces that are new and let go of those that are gone; the new ones.
@@ -174,6 +168,3 @@ class Attachments:
                 link.detach()
             link.close()
             (pinned.folder(self._node) / "links" / name).unlink(missing_ok=True)
-
-    def _names(self, ifindex: int) -> Iterable[str]:
-        return (name for name in self.links if name.split("-")[1] == str(ifindex))

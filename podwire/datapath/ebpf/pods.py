@@ -102,7 +102,7 @@ class EbpfPods:
         endpoints.update_batch((mapped(address), value) for address in pod.addresses)
 
     def remove(self, ifindex: int) -> None:
-        """The pod is gone, or going."""
+        """The pod is gone, or going: as long as its link is there, nothing comes out of it."""
         pod = self._links.pop(ifindex, None)
         if pod:
             endpoints = self._programs.maps["endpoints"]
@@ -113,7 +113,6 @@ class EbpfPods:
             self._programs.namespaces.pop(ifindex, None)
             cookie = self._cookies.pop(ifindex, 0)
             self._programs.maps["namespaces"].delete(COOKIE.pack(cookie))
-        self._programs.remove_pod(ifindex)
 
     def replace(self, pods: Iterable[PodLink]) -> None:
         """Exactly these pods: after a start, when an earlier process may have left others."""
@@ -134,6 +133,10 @@ class EbpfPods:
                 self._programs.connections.depart([unmapped(key)])
         for ifindex in [i for i in self._links if i not in wanted]:
             self.remove(ifindex)
+        for key, value in list(self._programs.maps["interfaces"].items()):
+            *_, flags, _ = INTERFACE.unpack(value)
+            if flags & InterfaceFlag.KNOWN and NUMBER.unpack(key)[0] not in wanted:
+                self._programs.maps["interfaces"].delete(key)
         for pod in wanted.values():
             try:
                 self.add(pod)

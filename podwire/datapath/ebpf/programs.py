@@ -211,11 +211,6 @@ class Programs:
         with self.lock:
             self._attachments.add_pod(ifindex)
 
-    def remove_pod(self, ifindex: int) -> None:
-        """The veth is gone or is going."""
-        with self.lock:
-            self._attachments.remove_pod(ifindex)
-
     def accelerate(self, ifindex: int, *, generic: bool = False) -> None:
         """Run Services at the driver of an uplink (XDP), for backends on other nodes.
 
