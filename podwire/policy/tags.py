@@ -47,13 +47,14 @@ class TagIndex:
         """
         concerned: dict[int, int | None] = {}
         for number in numbers:
-            known, identity = self._tags.get(number), identities.get(number)
-            if known is not None and identity is None:
-                concerned.setdefault(known, self._meaning(known))
+            known, bears = self._tags.get(number), self._bears(identities.get(number))
+            if known == bears:
+                continue
+            for each in filter(None, (known, bears)):
+                concerned.setdefault(each, self._meaning(each))
+            if known is not None:
                 self._leave(known, number)
-            elif known is None and identity is not None and identity.kind == "pod":
-                bears = tag(self._key, identity.namespace, identity.labels, identity.ports)
-                concerned.setdefault(bears, self._meaning(bears))
+            if bears is not None:
                 self._tags[number] = bears
                 self._bearers.setdefault(bears, set()).add(number)
         before = {each: number for each, number in concerned.items() if number is not None}
@@ -62,6 +63,11 @@ class TagIndex:
     def meanings(self) -> dict[int, int]:
         """Tag → identity, all of them."""
         return self._meanings(self._bearers)
+
+    def _bears(self, identity: Identity | None) -> int | None:
+        if identity is None or identity.kind != "pod":
+            return None
+        return tag(self._key, identity.namespace, identity.labels, identity.ports)
 
     def _leave(self, bears: int, number: int) -> None:
         del self._tags[number]

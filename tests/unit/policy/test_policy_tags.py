@@ -143,3 +143,21 @@ def test_a_collision_says_nothing_until_one_of_the_two_is_gone() -> None:
     assert index.change([one.number], {other.number: other}) == ({}, {bears: other.number})
     assert index.change([other.number], {}) == ({bears: other.number}, {})
     assert index.meanings() == {}
+
+
+def test_another_compilers_numbers_mean_what_it_says() -> None:
+    """As when a process compiles anew: the same numbers, for others."""
+    index = TagIndex(KEY)
+    first, second = (
+        {1: identity("a"), 2: identity("b")},
+        {1: identity("b"), 2: identity("c")},
+    )
+    index.change(first, first)
+    before, after = index.change({1, 2}, second)
+    tags = {name: tag(KEY, "x", {"app": name}, ()) for name in "abc"}
+    assert before == {tags["a"]: 1, tags["b"]: 2}
+    assert after == {tags["b"]: 1, tags["c"]: 2} == index.meanings()
+
+
+def identity(app: str) -> Identity:
+    return Identity(0, "pod", "x", {"app": app}, (), frozenset())
