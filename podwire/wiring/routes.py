@@ -177,7 +177,8 @@ class NodeRoutes:
         device = self._device
         wanted = {InterfaceAddress(device, a, len(a) * 8) for a in table.tunnel_addresses}
         have = {entry._replace(flags=0) for entry in address.dump(self._sock, link=device)}
-        requests = [*map(address.add, wanted - have), *map(address.delete, have - wanted)]
+        # The last IPv4 address takes all neighbours with it: these are looked at afterwards.
+        self._do([*map(address.add, wanted - have), *map(address.delete, have - wanted)], repairs)
 
         known = {Neighbour(device, n.address, n.mac) for n in table.neighbours}
         addresses = {entry.address for entry in known}
@@ -186,7 +187,7 @@ class NodeRoutes:
             for entry in neighbour.dump(self._sock, link=device)
             if entry.state == neighbour.NUD_PERMANENT
         }
-        requests += map(neighbour.add, known - permanent)
+        requests = [neighbour.add(entry) for entry in known - permanent]
         requests += [
             neighbour.delete(entry) for entry in permanent if entry.address not in addresses
         ]

@@ -90,14 +90,16 @@ class Cluster:
             address.add(InterfaceAddress(pods, A(member.pod(6)), 64)),
         )
 
-    def put(self, *numbers: int, host: str = "") -> None:
+    def put(self, *numbers: int, host: str = "", pods: bool = True) -> None:
         for n in numbers:
             by_family = {4: f"192.168.7.{host or n}", 6: f"fd07::{host or n}"}
             addresses = [by_family[family] for family in self.families]
             self.store.put(
                 Node(
                     metadata=Metadata(name=f"n{n}"),
-                    spec=NodeSpec(pod_cidrs=[f"10.244.{n}.0/24", f"fd10:0:0:{n}::/64"]),
+                    spec=NodeSpec(
+                        pod_cidrs=[f"10.244.{n}.0/24", f"fd10:0:0:{n}::/64"] if pods else []
+                    ),
                     status=NodeStatus(
                         addresses=[NodeAddress(type="InternalIP", address=a) for a in addresses]
                     ),
@@ -323,4 +325,22 @@ def test_neighbours_are_permanent(make_netns: Callable[[], int]) -> None:
     one = cluster.members[0]
     entries = neighbour.dump(one.sock, link=present(one.sock, DEVICE).index)
     assert [e.state for e in entries if e.mac[:1] == b"\x0a"] == [neighbour.NUD_PERMANENT] * 4
+    cluster.close()
+
+
+def test_a_node_that_loses_its_pod_cidr_knows_its_neighbours_still(
+    make_netns: Callable[[], int],
+) -> None:
+    """The kernel forgets them with the last IPv4 address of a link."""
+    cluster = Cluster("vxlan", make_netns)
+    cluster.put(1, 2, 3)
+    cluster.apply()
+    one = cluster.members[0]
+    cluster.put(1, pods=False)
+    cluster.apply()
+    assert one.routes.status()["problems"] == {}
+    found = neighbour.dump(one.sock, link=present(one.sock, DEVICE).index)
+    expected = {A(text) for n in (2, 3) for text in (f"10.244.{n}.0", f"fd10:0:0:{n}::")}
+    assert {e.address for e in found if e.state == neighbour.NUD_PERMANENT} >= expected
+    assert one.routes.verify() == []
     cluster.close()
