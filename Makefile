@@ -32,8 +32,10 @@ format: setup
 	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
 # CASES=DIR runs any folder of cases; the default is the shared one, skipped where it is missing.
+# ROUTING=vxlan: netpol with the overlay between the nodes.
 conformance: setup
-	@$(PY) -m tests.conformance --suite $(SUITE) --datapath $(DATAPATH) $(if $(CASES),--cases $(CASES))
+	@$(PY) -m tests.conformance --suite $(SUITE) --datapath $(DATAPATH) \
+		$(if $(ROUTING),--routing $(ROUTING)) $(if $(CASES),--cases $(CASES))
 
 bench: setup
 	@$(PY) -m bench.$(subst -,_,$(BENCH)) $(ARGS)

@@ -1,4 +1,4 @@
-"""`python -m tests.conformance --suite S [--datapath D] [--cases DIR]`.
+"""`python -m tests.conformance --suite S [--datapath D] [--routing R] [--cases DIR]`.
 
 One line per case, then exactly ``N passed, N failed`` (and ``, N skipped`` if there are any).
 Exit status: 0 when none failed, 1 otherwise, 2 for bad usage.
@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from tests.conformance import SHARED_CASES
@@ -19,6 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance")
     parser.add_argument("--suite", required=True, help="cni, service-proxy, netpol …")
     parser.add_argument("--datapath", default="nftables")
+    parser.add_argument("--routing", default="direct", choices=["direct", "vxlan"])
     parser.add_argument("--cases", type=Path, help="a folder of cases (default: the shared one)")
     arguments = parser.parse_args()
     name = arguments.suite.replace("-", "_")
@@ -36,8 +38,13 @@ def main() -> int:
         print("0 passed, 0 failed")
         return 0
 
+    run = suite.run
+    if arguments.routing != "direct":
+        if arguments.suite != "netpol":
+            parser.error("only the cases of netpol have a way between nodes to choose")
+        run = partial(run, routing=arguments.routing)
     counts: Counter[str] = Counter()
-    for result in suite.run(cases, arguments.datapath):
+    for result in run(cases, arguments.datapath):
         counts[result.outcome] += 1
         detail = "\n".join(f"    {line}" for line in result.detail.splitlines())
         print(f"{result.outcome:7} {result.case}" + (f"\n{detail}" if detail else ""), flush=True)

@@ -1,5 +1,8 @@
 """NetworkPolicy cases: ``--suite netpol --datapath evaluator|nftables|iptables|ebpf``.
 
+With ``--routing vxlan`` the pods of other nodes are behind the overlay; on eBPF, who sent a packet
+is then what its tunnel id says.
+
 `evaluator` asks the reference (`PolicyTable.judge`) and holds the compiled rule sets against it.
 The data paths are asked with packets between namespaces, see `netpol_packets`.
 """
@@ -36,8 +39,8 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def run(cases: Path, datapath: str) -> Iterable[CaseResult]:
-    """One result per case file under `cases`."""
+def run(cases: Path, datapath: str, routing: str = "direct") -> Iterable[CaseResult]:
+    """One result per case file under `cases`. `routing`: how nodes reach each other's pods."""
     if datapath == "evaluator":
         yield from _run(cases, Evaluator)
         return
@@ -45,7 +48,7 @@ def run(cases: Path, datapath: str) -> Iterable[CaseResult]:
 
     if datapath not in DATAPATHS:
         raise SystemExit(f"no data path {datapath!r}: evaluator, {', '.join(DATAPATHS)}")
-    lab = Lab(datapath)
+    lab = Lab(datapath, routing)
     try:
         yield from _run(cases, lambda world: PacketBackend(world, lab))
     finally:

@@ -1,8 +1,9 @@
 """Nodes, pods and outside hosts as network namespaces, kept in step with a World.
 
 Every node has a bridge with its pods' links, and br_netfilter on; nodes and outside hosts share one
-segment. Namespaces are anonymous and end with the process. All neighbours are known for good: the
-kernel's table of those that must be found is one for all namespaces of the machine, and small.
+segment. With an overlay, the ways from node to pods of other nodes are somebody else's. Namespaces
+are anonymous and end with the process. All neighbours are known for good: the kernel's table of
+those that must be found is one for all namespaces of the machine, and small.
 """
 
 from __future__ import annotations
@@ -68,6 +69,12 @@ def _prefix(one: Address, length: int) -> Prefix:
     return Prefix(number.to_bytes(len(one), "big"), length)
 
 
+def pod_network(text: str) -> Prefix:
+    """The network that a pod of this address is in: its node has one of each family."""
+    one = parse_address(text)
+    return _prefix(one, _POD_LENGTH[len(one)])
+
+
 def _gateway(one: Address) -> Address:
     """The first address of the pod's network: the bridge has it."""
     prefix = _prefix(one, _POD_LENGTH[len(one)])
@@ -77,9 +84,12 @@ def _gateway(one: Address) -> Address:
 class Fabric:
     """`sync` makes the namespaces match the world, at the cost of the difference."""
 
-    def __init__(self, leaving: Callable[[int], None] = lambda fd: None) -> None:
+    def __init__(
+        self, leaving: Callable[[int], None] = lambda fd: None, *, overlay: bool = False
+    ) -> None:
         """`leaving` hears of namespaces that are about to be closed."""
         self._leaving = leaving
+        self._overlay = overlay
         self._segment = _place()
         self._segment.sock.run(link.add_bridge(End("segment"), up=True))
         self.nodes: dict[str, Place] = {}
@@ -171,7 +181,8 @@ class Fabric:
             self._route_pod(pod)
 
     def _route_pod(self, pod: Place) -> None:
-        for name, place in (*self.nodes.items(), *self.external.items()):
+        nodes = {} if self._overlay else self.nodes
+        for name, place in (*nodes.items(), *self.external.items()):
             if name == pod.node and place is self.nodes.get(name):
                 continue
             for one in pod.addresses:

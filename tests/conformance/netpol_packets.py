@@ -14,6 +14,7 @@ from podwire.kube.store import ChangeSet, Store
 from podwire.policy import PolicyCompiler, PolicyTable
 from podwire.services import NodeFacts, ProxyConfig, ServiceCompiler, ServiceTable
 from tests.conformance.netpol_fabric import BRIDGE, Fabric
+from tests.conformance.netpol_overlay import NodeObjects, Tunnels
 from tests.conformance.netpol_probes import Attempt, Prober
 from tests.conformance.netpol_world import Probe, World
 
@@ -49,14 +50,18 @@ _PROXY = ProxyConfig()
 class Lab:
     """Namespaces, data paths and servers; kept from case to case, for building them takes long."""
 
-    def __init__(self, datapath: str) -> None:
+    def __init__(self, datapath: str, routing: str) -> None:
         self.prober = Prober()
-        self.fabric = Fabric(self._leaving)
+        self.overlay = routing == "vxlan"
+        self.fabric = Fabric(self._leaving, overlay=self.overlay)
+        self._tunnels: dict[int, Tunnels] = {}
         self._make = DATAPATHS[datapath]
         self.parts: dict[int, Part[PolicyTable]] = {}
 
     def _leaving(self, fd: int) -> None:
         self.prober.forget(fd)
+        if fd in self._tunnels:
+            self._tunnels.pop(fd).close()
         part = self.parts.pop(fd, None)
         if part is not None:
             part.cleanup()
@@ -68,6 +73,13 @@ class Lab:
             part = self.parts[place.fd] = self._make(place.fd, BRIDGE)
             part.start()
         return self.parts[place.fd]
+
+    def tunnels(self, node: str) -> Tunnels:
+        """The node's end of the overlay."""
+        fd = self.fabric.nodes[node].fd
+        if fd not in self._tunnels:
+            self._tunnels[fd] = Tunnels(fd, self.part(node))
+        return self._tunnels[fd]
 
     def services(self, node: str) -> Part[ServiceTable]:
         """On nftables, the same for every data path of policies that netfilter has; or on eBPF."""
@@ -88,13 +100,16 @@ class PacketBackend:
 
     def __init__(self, world: World, lab: Lab) -> None:
         self._world, self._lab = world, lab
-        self._compilers = {node: PolicyCompiler(node) for node in world.nodes}
+        self._compilers = {node: PolicyCompiler(node, overlay=lab.overlay) for node in world.nodes}
+        self._objects = NodeObjects(world) if lab.overlay else None
         self._attached: dict[str, dict[tuple[str, str], Any]] = {node: {} for node in world.nodes}
         self._services: dict[str, tuple[ServiceCompiler, Part[ServiceTable]]] = {}
 
     def update(self) -> None:
         """Bring namespaces and data paths to where the world is."""
         self._lab.fabric.sync(self._world)
+        if self._objects is not None:
+            self._objects.update({node: self._lab.tunnels(node) for node in self._world.nodes})
         self._world.slices()
         changes = self._world.store.take()
         for node, compiler in self._compilers.items():

@@ -57,7 +57,7 @@ class Prober:
         self._raw: dict[tuple[int, int], socket.socket] = {}
         self._raw_clients: dict[tuple[int, bytes], socket.socket] = {}
         self._waiting: dict[tuple[int, bytes, int, int], Callable[[], None]] = {}
-        self._ports: dict[int, int] = {}
+        self._last_port = 19999
         self._held: list[socket.socket] = []
 
     def close(self) -> None:
@@ -186,17 +186,19 @@ class Prober:
 
     # --- clients ---
 
-    def _port(self, fd: int) -> int:
-        """A source port that the namespace has not used for long: no old connection matches."""
-        self._ports[fd] = 20000 + (self._ports.get(fd, 19999) + 1 - 20000) % 40000
-        return self._ports[fd]
+    def _port(self) -> int:
+        """A source port that nobody has used for long: no connection of an earlier case's pod of
+        the same address matches.
+        """
+        self._last_port = 20000 + (self._last_port + 1 - 20000) % 40000
+        return self._last_port
 
     def _client(self, attempt: Attempt, kind: int) -> socket.socket:
         one = netns.socket(attempt.fd, _FAMILY[len(attempt.source)], kind)
         self._held.append(one)
         while True:
             try:
-                one.bind((format_address(attempt.source), self._port(attempt.fd)))
+                one.bind((format_address(attempt.source), self._port()))
                 return one
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
@@ -238,7 +240,7 @@ class Prober:
 
     def _initiate(self, attempt: Attempt, connected: set[Attempt]) -> None:
         raw = self._raw_client(attempt.fd, attempt.source)
-        port = self._port(attempt.fd)
+        port = self._port()
         packet = sctp_init(port, attempt.port)
         for fd, target in attempt.arrivals:
             place = (fd, attempt.source, port, target)
