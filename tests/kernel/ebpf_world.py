@@ -1,4 +1,4 @@
-"""A node in namespaces for the eBPF tests: two routed pods, an uplink, and the world behind it.
+"""A node in namespaces for the eBPF tests: routed pods, an uplink, and the world behind it.
 
 pod1, pod2 ── node ── outside (a client, and pods of another node)
 """
@@ -16,28 +16,28 @@ GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
 NODE = {4: "192.168.9.10", 6: "fd09::10"}
 OUTSIDE = {4: "192.168.9.1", 6: "fd09::1"}
 REMOTE = {4: "10.244.1.5", 6: "fd44:1::5"}
-POD = {
-    1: {4: "10.244.0.2", 6: "fd44::2"},
-    2: {4: "10.244.0.3", 6: "fd44::3"},
-}
-MAC = {1: "02:00:00:00:01:01", 2: "02:00:00:00:01:02"}
+_NUMBERS = range(1, 6)
+POD = {n: {4: f"10.244.0.{n + 1}", 6: f"fd44::{n + 1}"} for n in _NUMBERS}
+MAC = {n: f"02:00:00:00:01:{n:02x}" for n in _NUMBERS}
 UPLINK_MAC = ("02:00:00:00:03:01", "02:00:00:00:03:02")
-HOST_MAC = {1: "02:00:00:00:02:01", 2: "02:00:00:00:02:02"}
+HOST_MAC = {n: f"02:00:00:00:02:{n:02x}" for n in _NUMBERS}
 
 
 class World:
-    """Namespaces by name (`node`, `outside`, `pod1`, `pod2`); closed at the end of the test."""
+    """Namespaces by name (`node`, `outside`, `pod1`…); closed at the end of the test."""
 
-    def __init__(self):
+    def __init__(self, pods=2):
         self.name = f"pwt-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self.spaces = {name: netns.create() for name in ("node", "outside", "pod1", "pod2")}
+        numbers = range(1, pods + 1)
+        names = ("node", "outside", *(f"pod{number}" for number in numbers))
+        self.spaces = {name: netns.create() for name in names}
         self._closing = contextlib.ExitStack()
         for fd in self.spaces.values():
             self._closing.callback(os.close, fd)
             self.batch(fd, "link set lo up")
             self.run(fd, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0")
         self._wire_uplink()
-        for number in (1, 2):
+        for number in numbers:
             self._wire_pod(number)
         node = self.spaces["node"]
         for key, value in (

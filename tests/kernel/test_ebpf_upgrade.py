@@ -65,8 +65,9 @@ def agent(world):
 class Talk(threading.Thread):
     """One connection that never stops talking; `failure` says what went wrong."""
 
-    def __init__(self, world, space, target):
+    def __init__(self, world, space, target, pause=0):
         super().__init__(name=f"{space} to {target[0]}", daemon=True)
+        self._pause = pause
         family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
         self.socket = netns.socket(world.spaces[space], family, socket.SOCK_STREAM)
         self.socket.settimeout(5)
@@ -85,6 +86,8 @@ class Talk(threading.Thread):
                     answer += part
                 assert answer == message
                 self.turns += 1
+                if self._pause:
+                    time.sleep(self._pause)
         except Exception as error:
             self.failure = repr(error)
         self.socket.close()
