@@ -132,7 +132,7 @@ class Programs:
         self._overlay = 0
         self._phase = Phase.SERVING
         self._policies = 0
-        self.maps = _Maps()
+        self.maps: dict[str, Map] = _Maps()
         self.growing: dict[str, GrowingMap] = {}
         self._spare: dict[str, GrowingMap] = {}
         self.connections = Connections(self, self._room.get("connections", LIMIT))
