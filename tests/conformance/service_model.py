@@ -30,6 +30,9 @@ class Model:
         self._affinity: dict[tuple[object, ...], tuple[bytes, float]] = {}
         self._connections: dict[str, tuple[Probe, Seen]] = {}
 
+    def end(self) -> list[str]:
+        return []
+
     def apply(self, table: ServiceTable) -> None:
         stale = StaleFlows(table.delta(self._table).ports.values(), table.settings)
         self._table = table

@@ -35,7 +35,7 @@ from tests.conformance.service_cases import (
     Seen,
 )
 from tests.conformance.service_packets import Wire
-from tests.conformance.service_parts import make_part
+from tests.conformance.service_parts import parts_of
 
 _SENTINEL = {4: "198.18.77.77", 16: "fd00:ffff::77"}
 """Somewhere beyond the uplink that no case knows."""
@@ -84,6 +84,7 @@ class Net:
         self._datapath = datapath
         self._close = contextlib.ExitStack()
         self._part: Part[ServiceTable] | None = None
+        self._empty: ServiceTable | None = None
         self._table: ServiceTable | None = None
         self._number = 0
         self._connections: dict[str, _Connection] = {}
@@ -98,7 +99,7 @@ class Net:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self.end()
         self._close.close()
 
     # --- topology ---------------------------------------------------------------------------------
@@ -107,6 +108,8 @@ class Net:
         self.node, self._around = netns.create(), netns.create()
         for fd in (self.node, self._around):
             self._close.callback(os.close, fd)
+        self._parts = parts_of(self._datapath, self.node)
+        self._close.callback(self._parts.close)
         sysctl.write(_SYSCTLS, self.node)
         sysctl.write({"net.ipv6.conf.default.disable_ipv6": 1}, self._around)
         with NetlinkSocket(netns_fd=self.node) as sock:
@@ -188,7 +191,7 @@ class Net:
     # --- a case -----------------------------------------------------------------------------------
 
     def begin(self, cluster: Cluster, family: str) -> None:
-        self._end()
+        self.end()
         self._configured = [
             f"addr add {_text(address)}/{len(address) * 8} dev lo{' nodad' * (len(address) == 16)}"
             for address in cluster.node.addresses
@@ -197,17 +200,18 @@ class Net:
             self._configured.append(f"route add {cluster.pod_cidr} dev {POD_SIDE}")
         self._ip(*self._configured)
         self._size = 4 if family == "IPv4" else 16
-        self._part = make_part(self._datapath, cluster.config, self.node)
+        self._part = self._parts.make(cluster.config)
+        self._empty = cluster.compiler.table
         for requirement in self._part.requirements:
             sysctl.write({requirement.sysctl: requirement.value}, self.node)
         self._part.start()
         self._table = None
-        self.apply(cluster.compiler.table)
+        self.apply(self._empty)
 
-    def _end(self) -> None:
-        if self._part is not None:
-            self._part.cleanup()
-            self._part.close()
+    def end(self) -> list[str]:
+        left: list[str] = []
+        if self._part is not None and self._empty is not None:
+            left = self._parts.take_away(self._part, self._empty)
             self._part = None
         undo = [
             command.replace(" add ", " del ").replace(" nodad", "") for command in self._configured
@@ -216,6 +220,7 @@ class Net:
         if undo:
             self._ip(*undo)
             self.forget()
+        return left
 
     def apply(self, table: ServiceTable) -> None:
         assert self._part

@@ -35,6 +35,11 @@ class World(Protocol):
     """A node under test; `begin` makes it a fresh one. It keeps connections until `forget`."""
 
     def begin(self, cluster: Cluster, family: str) -> None: ...
+
+    def end(self) -> list[str]:
+        """Take away what `begin` and `apply` made; what of it is left."""
+        ...
+
     def apply(self, table: ServiceTable) -> None: ...
     def wait(self, seconds: float) -> None: ...
     def forget(self) -> None: ...
@@ -77,9 +82,9 @@ def check(name: str, case: Mapping[str, Any], world: World) -> CaseResult:
         if strange:
             problems = strange
         elif case["kind"] == "packet-flow":
-            problems = list(_flows(case, world))
+            problems = [*_flows(case, world), *world.end()]
         elif case["kind"] == "packet-sequence":
-            problems = list(_Sequence(case, world).run())
+            problems = [*_Sequence(case, world).run(), *world.end()]
         elif case["kind"] in service_suites.SUITES:
             problems = list(service_suites.SUITES[case["kind"]](case))
         else:
