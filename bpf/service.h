@@ -131,12 +131,20 @@ struct {
 	__type(value, struct affinity);
 } affinities SEC(".maps");
 
-/* New connections by frontend. Programs make the entries, user space removes them. */
+struct hit_key {
+	struct address address;
+	__be16 port;
+	__u8 protocol;
+	__u8 pad;
+	__u32 service; /* of a backend; 0: of a frontend, whose key this is */
+};
+
+/* New connections by frontend, and by backend. Programs make the entries, user space removes them. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 65536);
-	__type(key, struct frontend_key);
+	__type(key, struct hit_key);
 	__type(value, __u64);
 } hits SEC(".maps");
 
@@ -229,23 +237,45 @@ static __always_inline struct frontend *find_frontend(const struct flow *flow, _
 	return bpf_map_lookup_elem(map, &key);
 }
 
-/* Count a new connection. What the map has no room for is not counted. */
+/* What the map has no room for is not counted. */
+__noinline int count_hit(const struct hit_key *key)
+{
+	__u64 *connections, one = 1;
+
+	if (!key)
+		return 0;
+	connections = bpf_map_lookup_elem(&hits, key);
+	if (!connections && bpf_map_update_elem(&hits, key, &one, BPF_NOEXIST))
+		connections = bpf_map_lookup_elem(&hits, key); /* another CPU was first */
+	if (connections)
+		*connections += 1;
+	return 0;
+}
+
+/* Count a new connection. */
 static __always_inline void hit(const struct flow *flow, const struct frontend *frontend)
 {
-	struct frontend_key key = {
+	struct hit_key key = {
 		.address = flow->destination,
 		.port = flow->destination_port,
 		.protocol = flow->protocol,
 	};
-	__u64 *connections, one = 1;
 
 	if (frontend->flags & FRONTEND_ANY_ADDRESS)
 		set_any(&key.address);
-	connections = bpf_map_lookup_elem(&hits, &key);
-	if (!connections && bpf_map_update_elem(&hits, &key, &one, BPF_NOEXIST))
-		connections = bpf_map_lookup_elem(&hits, &key); /* another CPU was first */
-	if (connections)
-		*connections += 1;
+	count_hit(&key);
+}
+
+static __always_inline void hit_backend(const struct choice *choice, __u8 protocol)
+{
+	struct hit_key key = {
+		.address = choice->backend.address,
+		.port = choice->backend.port,
+		.protocol = protocol,
+		.service = choice->service,
+	};
+
+	count_hit(&key);
 }
 
 static __always_inline bool in_ranges(const struct frontend *frontend, const struct address *source)

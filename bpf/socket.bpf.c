@@ -122,8 +122,10 @@ static __always_inline enum verdict choose_remote(struct bpf_sock_addr *ctx, con
 	if (pod && (choice.masquerade || same_address(&choice.backend.address, &pod->addresses[0]) ||
 		    same_address(&choice.backend.address, &pod->addresses[1])))
 		return VERDICT_NONE;
-	if (new)
+	if (new) {
 		hit(&flow, found);
+		hit_backend(&choice, flow.protocol);
+	}
 	__builtin_memset(backend, 0, sizeof(*backend));
 	backend->address = choice.backend.address;
 	backend->port = choice.backend.port;

@@ -285,6 +285,7 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 		if (verdict == VERDICT_DROP)
 			return drop(ctx, why, &p->flow);
 		if (verdict == VERDICT_TRANSLATE) {
+			hit_backend(&w->choice, p->flow.protocol);
 			w->to.destination = w->choice.backend.address;
 			w->to.destination_port = w->choice.backend.port;
 		}

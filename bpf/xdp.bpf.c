@@ -128,6 +128,7 @@ __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 	}
 	count(REASON_TRANSLATED);
 	hit(&p->flow, frontend);
+	hit_backend(&w->choice, p->flow.protocol);
 	return bounce(ctx, w, &route);
 }
 

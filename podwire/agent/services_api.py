@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+from podwire.datapath.counts import ServiceCounts
 from podwire.errors import InvalidObject
 from podwire.kube.objects import Pod
 from podwire.kube.store import Store
@@ -70,8 +71,7 @@ def _row(name: ServicePortName, port: ServicePort, frontend: Frontend) -> dict[s
     }
 
 
-Counts: TypeAlias = Callable[[ServicePort], Mapping[Frontend, tuple[str, int]]]
-"""For each frontend of a port: what in the kernel decides about it, and connections seen."""
+Counts: TypeAlias = Callable[[ServicePort], ServiceCounts]
 
 
 def show(
@@ -103,7 +103,7 @@ def show(
             "port": port.name.port_name,
             "protocol": port.name.protocol.name,
             "family": port.name.family,
-            "frontends": _counted(port, counts),
+            **_counted(port, counts(port) if counts is not None else ServiceCounts()),
             "cluster": [format_backend(each) for each in port.cluster],
             "local": [format_backend(each) for each in port.local],
             "has_endpoints": port.has_endpoints,
@@ -118,15 +118,15 @@ def show(
     ] or [{"service": query["name"], "problems": problems}]
 
 
-def _counted(port: ServicePort, counts: Counts | None) -> list[dict[str, Any]]:
-    seen: Mapping[Frontend, tuple[str, int]] = counts(port) if counts is not None else {}
+def _counted(port: ServicePort, counts: ServiceCounts) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for frontend in port.frontends:
         row = _row(port.name, port, frontend)
-        if frontend in seen:
-            row["element"], row["connections"] = seen[frontend]
+        if frontend in counts.frontends:
+            row["element"], row["connections"] = counts.frontends[frontend]
         rows.append(row)
-    return rows
+    backends = {format_backend(each): count for each, count in counts.backends.items()}
+    return {"frontends": rows, "connections": backends}
 
 
 def _texts(prefixes: Iterable[Prefix] | None) -> list[str] | None:

@@ -82,11 +82,14 @@ def _print_one(ports: list[dict[str, Any]]) -> None:
             print(f"  {frontend['kind']:<12} {frontend['frontend']}/{frontend['protocol']}"
                   f"  policy {frontend['policy']}, {frontend['backends']} backends")  # fmt: skip
             if "element" in frontend:
-                seen = f"{frontend['connections']:,} connections"
+                count = frontend["connections"]
+                seen = "not counted" if count is None else f"{count:,} connections"
                 print(f"  {'':<12} {seen}, decided by {frontend['element']}")
+        counts = port.get("connections", {})
         for name in ("cluster", "local"):
             if port.get(name):
-                print(f"  {name + ' backends':<16} {' '.join(port[name])}")
+                words = [f"{b} ({counts[b]:,})" if b in counts else b for b in port[name]]
+                print(f"  {name + ' backends':<16} {' '.join(words)}")
         if port.get("source_ranges") is not None:
             print(f"  source ranges    {' '.join(port['source_ranges']) or 'nobody'}")
         if port.get("affinity_timeout_s"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from podwire.policy import Direction, PolicyRef, Verdict
-from podwire.services import Frontend, ServicePort
+from podwire.services import Backend, Frontend, ServicePort
 
 
 class PolicyCount(NamedTuple):
@@ -25,10 +25,17 @@ class CountsPolicies(Protocol):
     def counts(self) -> list[PolicyCount]: ...
 
 
+class ServiceCounts(NamedTuple):
+    """Of one Service port."""
+
+    frontends: Mapping[Frontend, tuple[str, int | None]] = {}
+    """What in the kernel decides, in words, and new connections seen; None: not counted."""
+    backends: Mapping[Backend, int] = {}
+    """New connections that each was chosen for; empty where that is not counted."""
+
+
 @runtime_checkable
 class CountsServices(Protocol):
-    """A part that knows, for each frontend of a port, what in the kernel decides about it, in
-    words, and how many connections it has seen. May list maps: not for every sync.
-    """
+    """A part that counts what Services do. May list maps: not for every sync."""
 
-    def counts(self, port: ServicePort) -> Mapping[Frontend, tuple[str, int]]: ...
+    def counts(self, port: ServicePort) -> ServiceCounts: ...

@@ -30,6 +30,7 @@ pytestmark = [
 
 STRUCTS = {
     "frontend_key": layout.FRONTEND_KEY,
+    "hit_key": layout.HIT_KEY,
     "frontend": layout.FRONTEND,
     "backend": layout.BACKEND,
     "maglev": layout.MAGLEV,

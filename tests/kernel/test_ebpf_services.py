@@ -258,7 +258,7 @@ def test_an_interface_that_comes_later_is_taken_in(world):
 
 def connections(part, port):
     """New connections by frontend, as `podwire services show` has them."""
-    return [seen for _, seen in part.counts(port).values()]
+    return [seen for _, seen in part.counts(port).frontends.values()]
 
 
 def test_every_frontend_counts_its_connections_also_over_a_restart(world):
@@ -272,17 +272,25 @@ def test_every_frontend_counts_its_connections_also_over_a_restart(world):
     world.ask("outside", EXTERNAL[4], 91)
     assert world.observe("pod1", VIP[4], 92, tries=1) == {"refused"}
     assert connections(world.part, port) == [5, 1, 1]
+    by_backend = world.part.counts(port).backends
+    assert list(by_backend) == list(port.cluster)
+    assert sum(by_backend.values()) == 7
     assert connections(world.part, empty) == [1, 0, 0]
-    element, _ = world.part.counts(port)[port.frontends[0]]
+    element, _ = world.part.counts(port).frontends[port.frontends[0]]
     assert element.startswith("map frontends (service ")
     assert "cluster backends in slots " in element
-    assert "no cluster backends" in world.part.counts(empty)[empty.frontends[0]][0]
+    assert "no cluster backends" in world.part.counts(empty).frontends[empty.frontends[0]][0]
 
     programs = Programs(world.name, world.spaces["node"])
     later = ServicesPart(programs=programs)
     netns.call(world.spaces["node"], later.start)
     netns.call(world.spaces["node"], lambda: later.apply(make_table([port])))
     assert connections(later, port) == [5, 1, 1]
+    assert later.counts(port).backends == by_backend
+    one = make_port("counted", 91, [POD[1][4]], **both)
+    netns.call(world.spaces["node"], lambda: later.apply(make_table([one])))
+    assert later.counts(one).backends == {one.cluster[0]: by_backend[one.cluster[0]]}
+    assert len(list(programs.maps["hits"].items())) == 4, "one of the backends is gone"
     netns.call(world.spaces["node"], lambda: later.apply(make_table([])))
     assert list(programs.maps["hits"].items()) == []
     programs.close()

@@ -259,6 +259,7 @@ def test_sockets_count_connections_and_unconnected_ones_their_first_datagram(wor
 
     assert inside(world, "pod2", talk) == errno.ECONNREFUSED
     tcp, udp, refused = (
-        [seen for _, seen in world.part.counts(port).values()] for port in (*ports, none)
+        [seen for _, seen in world.part.counts(port).frontends.values()] for port in (*ports, none)
     )
     assert (tcp, udp, refused) == ([1], [2], [1])
+    assert [sum(world.part.counts(port).backends.values()) for port in ports] == [1, 2]

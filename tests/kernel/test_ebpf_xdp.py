@@ -77,7 +77,8 @@ def test_a_packet_bounces_to_the_backend_and_its_answer_back(world, family, prot
     assert (back.source, back.destination) == (NODE[family], client)
     assert (back.source_port, back.destination_port) == (30080, ports[0])
     assert_sound(frame[14:])
-    assert [seen for _, seen in world.part.counts(port).values()] == [0, 1, 0]
+    assert [seen for _, seen in world.part.counts(port).frontends.values()] == [0, 1, 0]
+    assert list(world.part.counts(port).backends.values()) == [1]
 
 
 def test_what_stays_on_the_node_is_passed_on_untouched(world):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -232,3 +233,36 @@ def test_incremental_and_cold_start_leave_the_same_state(
     cold.put(*warm.play(history))
     assert warm.state() == cold.state()
     assert warm.part._apply_all(warm.part._table) == []
+
+
+def begin(proxy: Proxy, address: str, times: int) -> None:
+    """As many connections of the node itself; nobody answers."""
+    for _ in range(times):
+        with netns.socket(proxy.fd, socket.AF_INET, socket.SOCK_STREAM) as client:
+            client.setblocking(False)
+            client.connect_ex((address, 80))
+
+
+@pytest.mark.parametrize("affinity", ["None", "ClientIP"])
+def test_frontends_and_backends_count_their_connections(proxy: Proxy, affinity: str) -> None:
+    for words in (["link", "set", "lo", "up"], ["route", "add", "default", "dev", "lo"]):
+        assert netns.run(proxy.fd, ["ip", *words]).returncode == 0
+    table = proxy.put(
+        service(external_ips=["203.0.113.1"], session_affinity=affinity),
+        endpoint_slice(addresses=["10.20.1.11", "10.20.2.21"]),
+        service("empty", ip="10.96.0.3"),
+        service("beside", ip="10.96.0.2"),
+    )
+    ports = {name.name: port for name, port in table.ports.items()}
+    begin(proxy, "10.96.0.1", 6)
+    begin(proxy, "203.0.113.1", 3)
+    counts = proxy.part.counts(ports["web"])
+    words = f"iptables-{proxy.flavour} nat PODWIRE-SVC-T4-"
+    assert all(element.startswith(words) for element, _ in counts.frontends.values())
+    assert [seen for _, seen in counts.frontends.values()] == [6, 3]
+    assert list(counts.backends) == list(ports["web"].cluster)
+    assert sum(counts.backends.values()) == 9
+    assert proxy.part.counts(ports["web"]) == counts, "reading changes nothing"
+    assert [*proxy.part.counts(ports["empty"]).frontends.values()] == [
+        ("ipset podwire-svc4-rejected", None)
+    ]

@@ -60,7 +60,8 @@ def _measure(programs: Programs) -> Iterator[Fill]:
     yield Fill("affinities", connections.affinities, programs.maps["affinities"].info.max_entries)
     yield Fill("connections", connections.held, connections.limit)
     hits = programs.maps["hits"]
-    most, room = programs.growing["frontends"].held, hits.info.max_entries
+    growing, room = programs.growing, hits.info.max_entries
+    most = growing["frontends"].held + growing["backends"].capacity
     if most >= NEARLY_FULL * room:
         most = sum(1 for _ in hits.items())
     yield Fill("hits", most, room)

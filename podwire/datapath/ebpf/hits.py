@@ -1,42 +1,63 @@
-"""New connections by frontend, counted by the programs, and the elements that decide about them."""
+"""New connections by frontend and backend, counted by the programs; the elements that decide."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 
+from podwire.datapath.ebpf.layout import HIT_KEY, mapped
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.slots import Run
 from podwire.datapath.ebpf.spelling import Lease, frontend_key
-from podwire.services import Frontend, FrontendKind, ServicePort
+from podwire.services import Backend, Frontend, FrontendKind, ServicePort
 
 _MANY = 256
 
 
 class Hits:
-    """The counters: made by programs at the first connection, kept over restarts."""
+    """The counters: made by programs at the first connection, kept over restarts.
+
+    Keys are those of the `frontends` map, and `backend_keys`.
+    """
 
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
 
-    def keep(self, frontends: Collection[bytes]) -> None:
-        """Forget all but these keys of the `frontends` map."""
+    def keep(self, keys: Collection[bytes]) -> None:
+        """Forget all but these."""
         hits = self._programs.maps["hits"]
-        hits.delete_batch([key for key, _ in hits.items() if key not in frontends])
+        hits.delete_batch([key for key, _ in hits.items() if key not in keys])
 
-    def forget(self, frontends: Collection[bytes]) -> None:
-        """The frontends with these keys are gone; most of them may have had no connection."""
+    def forget(self, keys: Collection[bytes]) -> None:
+        """What these count is gone; most of them may have had no connection."""
         hits = self._programs.maps["hits"]
-        if len(frontends) > _MANY:
-            hits.delete_batch([key for key, _ in hits.items() if key in frontends])
+        if len(keys) > _MANY:
+            hits.delete_batch([key for key, _ in hits.items() if key in keys])
             return
-        for key in frontends:
+        for key in keys:
             hits.delete(key)
 
     def of(self, port: ServicePort, frontend: Frontend) -> int:
         """Connections that it has seen."""
-        found = self._programs.maps["hits"].lookup(frontend_key(port, frontend))
+        return self._count(frontend_key(port, frontend))
+
+    def of_backends(self, port: ServicePort, lease: Lease) -> dict[Backend, int]:
+        """Connections that each backend was chosen for."""
+        backends = list(dict.fromkeys((*port.cluster, *port.local)))
+        keys = backend_keys(port, lease, backends)
+        return {each: self._count(key) for each, key in zip(backends, keys, strict=True)}
+
+    def _count(self, key: bytes) -> int:
+        found = self._programs.maps["hits"].lookup(key)
         return sum(n for (n,) in struct.iter_unpack("=Q", found)) if found else 0
+
+
+def backend_keys(
+    port: ServicePort, lease: Lease, backends: Iterable[Backend] | None = None
+) -> Iterator[bytes]:
+    """Where connections of backends (default: all) are counted."""
+    for each in {*port.cluster, *port.local} if backends is None else backends:
+        yield HIT_KEY.pack(mapped(each[:-2]), each[-2:], port.name.protocol, lease.service)
 
 
 def element(port: ServicePort, frontend: Frontend, lease: Lease) -> str:

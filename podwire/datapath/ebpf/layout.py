@@ -19,6 +19,7 @@ EVENTS_PER_SECOND = 100
 _MAPPED = bytes(10) + b"\xff\xff"
 
 FRONTEND_KEY = struct.Struct("=16s2sB5x")  # address, port, protocol
+HIT_KEY = struct.Struct("=16s2sBxI")  # address, port, protocol, service (0: a frontend's)
 FRONTEND = struct.Struct("=IIIIIIIII")  # service, flags, affinity_s, cluster, local, maglev slots
 MAGLEV = struct.Struct("=4H")  # entries of a table, each a place in the list of backends
 BACKEND = struct.Struct("=16s2sHI")  # address, port, flags, service

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from podwire.datapath import Requirement
+from podwire.datapath.counts import ServiceCounts
 from podwire.datapath.ebpf import hits, maglev, spelling
 from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.hits import Hits
@@ -148,16 +149,17 @@ class ServicesPart(TablePart[ServiceTable]):
             "packets_dropped": sum(outcomes.get(name, 0) for name in _DROPS),
         }
 
-    def counts(self, port: ServicePort) -> dict[Frontend, tuple[str, int]]:
-        """For each frontend of a port what decides, and the new connections that it has seen."""
+    def counts(self, port: ServicePort) -> ServiceCounts:
+        """What decides about a port, and the new connections since it has been there."""
         with self._programs.lock:
             lease = self._leases.get(port.name)
             if lease is None:
-                return {}
-            return {
+                return ServiceCounts()
+            frontends = {
                 each: (hits.element(port, each, lease), self._hits.of(port, each))
                 for each in port.frontends
             }
+            return ServiceCounts(frontends, self._hits.of_backends(port, lease))
 
     # --- the difference ------------------------------------------------------------------------
 
@@ -184,7 +186,11 @@ class ServicesPart(TablePart[ServiceTable]):
             gone.append((kind, list(old.keys() - new.keys())))
         for kind, keys in reversed(gone):  # and goes first
             growing[kind].delete(keys)
-        self._hits.forget(gone[-1][1])
+        backends = [
+            {key for held in some for key in hits.backend_keys(*held)}
+            for some in (before.values(), after.values())
+        ]
+        self._hits.forget({*gone[-1][1], *(backends[0] - backends[1])})
         growing["addresses"].delete(addresses.removed)
         self._forget_stale(ports)
         for name in before.keys() - after.keys():
@@ -293,7 +299,10 @@ class ServicesPart(TablePart[ServiceTable]):
             self._leases[name] = self._lease(port, before)
         self._addresses.change((), table.ports.values())
         self._rewrite(table.ports, table.settings, tables)
-        self._hits.keep(self._programs.growing["frontends"].read())
+        counted = set(self._programs.growing["frontends"].read())
+        for name, port in table.ports.items():
+            counted.update(hits.backend_keys(port, self._leases[name]))
+        self._hits.keep(counted)
         for run in runs - {run for lease in self._leases.values() for run in lease.runs}:
             self._slots.give_back(run)
         for run in tables - {lease.maglev for lease in self._leases.values()}:

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 from podwire.datapath import Requirement
+from podwire.datapath.counts import ServiceCounts
 from podwire.datapath.iptables.families import FAMILIES, Rulesets
 from podwire.datapath.iptables.services_family import FamilyRules
-from podwire.datapath.iptables.services_rules import CHAIN, hooks, names
+from podwire.datapath.iptables.services_rules import CHAIN, hooks, names, set_name
+from podwire.datapath.iptables.services_spelling import backend_rules, spell
 from podwire.datapath.services import needs
 from podwire.errors import KernelError
 from podwire.kernel.iptables import Flavour
-from podwire.services import Family, ProxyConfig, ServiceTable
+from podwire.services import (
+    Backend,
+    Family,
+    Frontend,
+    ProxyConfig,
+    ServicePort,
+    ServiceTable,
+)
 
 log = logging.getLogger("podwire.datapath.iptables.services")
 
@@ -31,6 +41,7 @@ class ServicesPart:
         self.requirements: Sequence[Requirement] = needs(config)
         self._kernel = Rulesets(netns_fd, flavour, names, hooks())
         self._rules: dict[Family, FamilyRules] = {f: FamilyRules(f, config) for f in FAMILIES}
+        self._config = config
         self._table: ServiceTable | None = None
         self._trusted = False  # whether the kernel holds what we think it holds
         self._lock = threading.Lock()
@@ -95,6 +106,39 @@ class ServicesPart:
                 + sum(iptables.counters("mangle", f"{CHAIN}DISCARD")),
             }
         return out
+
+    def counts(self, port: ServicePort) -> ServiceCounts:
+        """First packets that the rules have seen since they were last written.
+
+        That is when the Service changed, or for a frontend one beside it in the tree.
+        """
+        with self._lock:
+            if self._table is None or self._table.ports.get(port.name) != port:
+                return ServiceCounts()
+            return self._counts(port, self._rules[port.name.family])
+
+    def _counts(self, port: ServicePort, rules: FamilyRules) -> ServiceCounts:
+        iptables = self._kernel.iptables[port.name.family]
+        read: dict[str, list[int]] = {}
+
+        def count(chain: str, place: int) -> int:
+            if chain not in read:
+                read[chain] = iptables.counters("nat", chain)
+            return read[chain][place] if place < len(read[chain]) else 0
+
+        spelling = spell(port, self._config)
+        frontends: dict[Frontend, tuple[str, int | None]] = {}
+        for frontend in port.frontends:
+            if frontend in spelling.counted:
+                chain, rule = spelling.counted[frontend]
+                words = f"{iptables} nat {chain}"
+                frontends[frontend] = (words, count(chain, rules.place(chain, rule)))
+            else:
+                frontends[frontend] = (f"ipset {set_name(port.name.family, 'rejected')}", None)
+        backends: Counter[Backend] = Counter()
+        for backend, chain, place in backend_rules(spelling, port):
+            backends[backend] += count(chain, place)
+        return ServiceCounts(frontends, backends)
 
     def _apply_changes(self, old: ServiceTable, new: ServiceTable) -> None:
         delta = new.delta(old)

@@ -76,6 +76,10 @@ class FamilyRules:
         """Elements by set, those of sets that never change their contents on their own."""
         return {name: len(self._elements.get(name, ())) for name in fixed_sets(self._family)}
 
+    def place(self, chain: str, rule: str) -> int:
+        """Where a shared chain has the rule."""
+        return self._shared(chain).index(rule)
+
     def _update_links(self, update: Update, before: Spelling, after: Spelling) -> None:
         step = Counter(after.links)
         step.subtract(before.links)

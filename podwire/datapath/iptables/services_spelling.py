@@ -50,6 +50,10 @@ class Spelling:
     """Chain of table nat, and rule."""
     elements: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """Set and element."""
+    counted: dict[Frontend, tuple[str, str]] = field(
+        default_factory=dict[Frontend, tuple[str, str]]
+    )
+    """The link that its first packets take; none for a ClusterIP that is refused."""
     sets: dict[str, IpSet] = field(default_factory=dict[str, IpSet])
     """One for each backend with session affinity: its clients."""
 
@@ -89,11 +93,12 @@ class _Writer:
             if not (port.local if port.is_local(frontend.kind) else port.cluster):
                 self._refuse("dropped", frontend)
             chain = self._treatment(frontend.kind)
+        if not chain and frontend.address and frontend.kind != FrontendKind.CLUSTER_IP:
+            # The address may be the node's own: somebody's node port must not get what is refused.
+            chain = "ACCEPT"
         if chain:
             self.out.links += self._path(frontend, chain)
-        elif frontend.address and frontend.kind != FrontendKind.CLUSTER_IP:
-            # The address may be the node's own: somebody's node port must not get what is refused.
-            self.out.links += self._path(frontend, "ACCEPT")
+            self.out.counted[frontend] = self.out.links[-1]
 
     def hairpin(self) -> None:
         for backend in self._port.on_node:
@@ -199,6 +204,16 @@ class _Writer:
 
     def _put(self, name: str, element: str) -> None:
         self.out.elements.append((set_name(self._family, name), element))
+
+
+def backend_rules(spelling: Spelling, port: ServicePort) -> Iterator[tuple[Backend, str, int]]:
+    """The rules that choose a backend, each by its chain and place there."""
+    ends = {_dnat(backend): backend for backend in (*port.cluster, *port.local)}
+    for chain, rules in spelling.chains.items():
+        for place, rule in enumerate(rules):
+            backend = ends.get(rule[rule.rfind("-j DNAT") :])
+            if backend is not None:
+                yield backend, chain, place
 
 
 def settings_elements(settings: Settings, family: Family) -> Iterator[tuple[str, str]]:

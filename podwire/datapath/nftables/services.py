@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from podwire.datapath import Requirement
+from podwire.datapath.counts import ServiceCounts
 from podwire.datapath.nftables.services_affinity import MOST_LISTS
 from podwire.datapath.nftables.services_elements import counting, target
 from podwire.datapath.nftables.services_family import FamilyTable
@@ -111,13 +112,15 @@ class ServicesPart:
             if (names := family.without_affinity())
         ]
 
-    def counts(self, port: ServicePort) -> dict[Frontend, tuple[str, int]]:
+    def counts(self, port: ServicePort) -> ServiceCounts:
         """For each frontend the set or map that decides, and how many connections it has seen.
+
+        Backends are elements without counters: those would cost more than the elements.
 
         Lists those maps; for people who ask, not for every sync.
         """
         listed: dict[Set, dict[bytes, tuple[int, int]]] = {}
-        found: dict[Frontend, tuple[str, int]] = {}
+        found: dict[Frontend, tuple[str, int | None]] = {}
         for frontend in port.frontends:
             name, key = counting(port, frontend)
             place = target(port.name.family, name)
@@ -126,7 +129,7 @@ class ServicesPart:
             packets, _ = listed[place].get(key, (0, 0))
             word = "ip" if port.name.family == 4 else "ip6"
             found[frontend] = (f"{word} {place.table} {name}", packets)
-        return found
+        return ServiceCounts(found)
 
     def _apply_changes(self, old: ServiceTable, new: ServiceTable) -> None:
         delta = new.delta(old)
