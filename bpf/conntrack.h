@@ -17,6 +17,7 @@ enum connection_flag {
 	CONNECTION_LOCAL = 8, /* TCP between two pods of this node */
 	CONNECTION_DSR = 16, /* led to another node, which answers the client itself */
 	CONNECTION_LED = 32, /* led here by another node: its two keys mirror each other */
+	CONNECTION_COPIED = 64, /* from the kernel's table, which may know better while PHASE_JOINING */
 };
 
 enum connection_state { /* what this direction has sent */

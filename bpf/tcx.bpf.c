@@ -159,8 +159,8 @@ __noinline int reject(struct __sk_buff *ctx, struct work *w, int place)
 }
 
 /* An ICMP error: what it says of a translated packet is translated back. One that quotes a packet of no
- * connection is judged as any other packet: it could carry anything. */
-__noinline int pass_error(struct __sk_buff *ctx, struct work *w, int place)
+ * connection is judged as any other packet, here or by netfilter: it could carry anything. */
+__noinline int pass_error(struct __sk_buff *ctx, struct work *w, int place, __u32 phase)
 {
 	bool tracked;
 	int error = 0;
@@ -169,6 +169,8 @@ __noinline int pass_error(struct __sk_buff *ctx, struct work *w, int place)
 		return TCX_DROP;
 	switch (translate_error(ctx, &w->packet, &w->inner, &w->to, &error)) {
 	case QUOTED_UNKNOWN:
+		if (phase == PHASE_JOINING || phase == PHASE_LEAVING)
+			return TCX_NEXT;
 		w->to = w->packet.flow;
 		return with_policy && !is_permitted(ctx, w, place, &tracked) ? TCX_DROP : TCX_NEXT;
 	case QUOTED_UNCHANGED:
@@ -347,6 +349,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 	struct interface *pod = place == PLACE_POD ? find_interface(ctx->ifindex) : NULL;
 	struct connection *connection;
 	struct endpoint *neighbour;
+	bool reopened = false;
 	struct packet *p;
 	__u32 phase;
 
@@ -372,7 +375,7 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 	if (place == PLACE_NETWORK && is_for_tunnel(&p->flow))
 		return TCX_NEXT; /* what is inside is looked at when it is out */
 	if (p->kind == PACKET_ICMP_ERROR)
-		return pass_error(ctx, w, place);
+		return pass_error(ctx, w, place, phase);
 	if (place == PLACE_NETWORK && p->transport != p->network + plain_head(p)) {
 		int taken = take(ctx, w);
 
@@ -383,22 +386,28 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 	if (neighbour && phase == PHASE_SERVING && !has_local_entries())
 		return to_pod(ctx, p, neighbour, false);
 	connection = find_connection(&p->flow);
-	if (connection && is_reopened(connection, p)) {
+	if (phase == PHASE_JOINING && (!connection || connection->flags & CONNECTION_COPIED)) {
+		enum kernel_view view = ask_kernel(ctx, p);
+
+		if (view == KERNEL_CARRIES)
+			return TCX_NEXT;
+		reopened = view == KERNEL_IS_DONE;
+	}
+	if (connection && (reopened || is_reopened(connection, p))) {
 		pair_of(&w->to, &p->flow, connection);
 		forget_connection(&w->to);
 		forget_connection(&p->flow);
 		connection = NULL;
 	}
-	if (!connection && phase != PHASE_SERVING) {
-		enum handling handling = handle_unknown(ctx, p, phase);
+	if (!connection) {
+		enum handling handling = handle_unknown(p, phase);
+		int verdict;
 
 		if (handling != HANDLE)
 			return handling == HOLD_BACK ? TCX_DROP : TCX_NEXT;
-	}
-	if (!connection) {
-		int verdict = neighbour && !is_shadowed(w) ? to_pod(ctx, p, neighbour, false) :
-							     begin(ctx, w, place);
-
+		if (neighbour && !is_shadowed(w))
+			return to_pod(ctx, p, neighbour, false);
+		verdict = begin(ctx, w, place);
 		return place == PLACE_NETWORK && verdict == LEAD ? lead(ctx, w) : verdict;
 	}
 	touch(connection, p);

@@ -181,7 +181,7 @@ def test_counting_agrees_with_the_full_parse(netns_fd: int, table: Table) -> Non
             udp("10.0.0.2", port, "10.0.0.9", 53, zone=4),
         )
     ]
-    assert table.create(made) == []
+    assert table.create(made) == {}
     counted: Counter[object] = Counter()
     for portion in table.flow_counts():
         counted.update(portion)
@@ -240,7 +240,7 @@ def test_filters_mean_the_same_everywhere(
     if not kernel_filters:
         none = abilities()._replace(dump=frozenset(), delete=frozenset())
         monkeypatch.setattr("podwire.kernel.ctnetlink.filters.abilities", lambda: none)
-    assert table.create(MIXED) == []
+    assert table.create(MIXED) == {}
     everything = Counter(map(identity, table.entries()))
     meant = Counter(identity(entry) for entry in table.entries() if filter_.fits(entry))
     assert 0 < len(meant) < len(everything)

@@ -6,6 +6,7 @@ import pytest
 
 from podwire.agent.carry import Carry
 from podwire.datapath.ebpf import pinned, programs, takeover
+from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.layout import Phase
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.programs import Programs
@@ -126,7 +127,7 @@ def wait_for_turns(found, turns):
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(Programs, "set_phase", 2), (Programs, "set_phase", 3), (takeover, "_bring", 2)],
+    [(Programs, "set_phase", 2), (Programs, "set_phase", 3), (Connections, "correct", 1)],
 )
 def test_a_death_on_the_way_there(world, owner, name, call):
     nft = nftables(world)

@@ -12,6 +12,7 @@ from podwire.datapath.ebpf.layout import (
     FLOW,
     NUMBER,
     CollectMode,
+    ConnectionFlag,
     mapped,
     unmapped,
 )
@@ -132,12 +133,23 @@ class Connections:
 
     def add(self, entries: Mapping[bytes, bytes]) -> None:
         """Write entries that are not there yet, making room for them."""
-        table = self._programs.growing["connections"]
-        known = {key for key, _ in table.map.items()}
-        room = len(known | entries.keys())
+        held = {key for key, _ in self._programs.growing["connections"].map.items()}
+        self._write({key: entries[key] for key in entries.keys() - held}, len(held))
+
+    def correct(self, pairs: Iterable[Mapping[bytes, bytes]]) -> None:
+        """Write both entries of each connection over what was copied before; of one that a program
+        has made an entry of, none.
+        """
+        held = self._programs.growing["connections"].read()
+        made = {key for key, value in held.items() if not _is_copied(value)}
+        right = {key: pair[key] for pair in pairs if made.isdisjoint(pair) for key in pair}
+        self._write(right, len(held.keys() | right.keys()) - len(right))
+
+    def _write(self, entries: Mapping[bytes, bytes], others: int) -> None:
+        room = others + len(entries)
         if 4 * room > 3 * self.capacity and self.capacity < self._most:
             self.grow(min(self._most, 2 * max(room, self.capacity)))
-        table.map.update_batch((key, value) for key, value in entries.items() if key not in known)
+        self._programs.growing["connections"].map.update_batch(entries.items())
         self._programs.maps["local_entries"].update(_CURRENT, NUMBER.pack(_LOCAL_SOME))
 
     def finish_move(self) -> None:
@@ -210,6 +222,10 @@ class Connections:
         request = COLLECT.pack(mode, ESTABLISHED_S, DATAGRAM_S, pressure, 0, 0, 0)
         answer = self._programs.program(program).test_run(context=request).context
         return Collected(*COLLECT.unpack(answer)[4:])
+
+
+def _is_copied(value: bytes) -> bool:
+    return bool(CONNECTION.unpack(value)[-1] & ConnectionFlag.COPIED)
 
 
 def read_flow(packed: bytes) -> Flow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import NamedTuple
 
 from podwire.datapath.ebpf.layout import (
@@ -82,10 +82,19 @@ def pairs(entry: Entry, node: Node, now_s: int) -> list[tuple[bytes, bytes]]:
     ]
 
 
-def is_carried(entry: Entry, node: Node) -> bool:
-    """Whether our programs alone carry the connection, so that the kernel may forget it."""
+def is_carried(entry: Entry, own: Set[Address]) -> bool:
+    """Whether our programs alone carry the connection, so that netfilter sees nothing of it.
+
+    `own` are the addresses that the node's own processes have.
+    """
     ends = (entry.original.source, entry.reply.source)
-    return entry.original.protocol in PROTOCOLS and node.own.isdisjoint(ends)
+    return entry.original.protocol in PROTOCOLS and own.isdisjoint(ends)
+
+
+def is_over(entry: Entry) -> bool:
+    """Whether both ends are done, so that the client may use its port for another connection."""
+    ended = (TcpState.TIME_WAIT, TcpState.CLOSE)
+    return entry.original.protocol == Protocol.TCP and entry.state in ended
 
 
 def _service(original: Tuple, node: Node) -> int:
@@ -115,6 +124,7 @@ def _ours(
     state: ConnectionState,
     flags: ConnectionFlag,
 ) -> tuple[bytes, bytes]:
+    flags |= ConnectionFlag.COPIED
     return flow(direction), CONNECTION.pack(flow(to), now_s, service, state, flags)
 
 
@@ -141,12 +151,12 @@ def kernel_entries(held: Mapping[bytes, bytes]) -> Iterator[tuple[Entry, Connect
         back, _, _, answered, _ = CONNECTION.unpack(pair)
         if led or back == reversed_flow(key):
             # with DSR, answers go another way
-            seen = bool(answered or flags & ConnectionFlag.DSR)
-            entry = _entry(key, to, ConnectionState(state), answered=seen)
+            seen = answered or (ConnectionState.SEEN if flags & ConnectionFlag.DSR else 0)
+            entry = _entry(key, to, ConnectionState(state), ConnectionState(seen))
             yield entry, ConnectionFlag(flags)
 
 
-def _entry(key: bytes, to: bytes, state: ConnectionState, *, answered: bool) -> Entry:
+def _entry(key: bytes, to: bytes, asked: ConnectionState, answered: ConnectionState) -> Entry:
     original, reply = _tuple(key), _tuple(reversed_flow(to))
     status = Status.CONFIRMED
     if answered:
@@ -156,16 +166,18 @@ def _entry(key: bytes, to: bytes, state: ConnectionState, *, answered: bool) -> 
     if (reply.destination, reply.destination_port) != (original.source, original.source_port):
         status |= Status.SRC_NAT
     tcp = original.protocol == Protocol.TCP
-    return Entry(original, reply, status, state=_tcp_state(state, answered) if tcp else None)
+    return Entry(original, reply, status, state=_tcp_state(asked, answered) if tcp else None)
 
 
-def _tcp_state(state: ConnectionState, answered: bool) -> TcpState:
-    """The nearest of the kernel's states, from what the client's side has sent."""
-    if state & ConnectionState.RST:
+def _tcp_state(asked: ConnectionState, answered: ConnectionState) -> TcpState:
+    """The nearest of the kernel's states, from what the client's side and the server's sent."""
+    if (asked | answered) & ConnectionState.RST:
         return TcpState.CLOSE
-    if state & ConnectionState.FIN:
+    if asked & answered & ConnectionState.FIN:
+        return TcpState.TIME_WAIT
+    if (asked | answered) & ConnectionState.FIN:
         return TcpState.FIN_WAIT
-    if state & ConnectionState.DATA:
+    if asked & ConnectionState.DATA:
         return TcpState.ESTABLISHED
     return TcpState.SYN_RECV if answered else TcpState.SYN_SENT
 

@@ -130,6 +130,7 @@ class ConnectionFlag(IntFlag):
     LOCAL = 8
     DSR = 16
     LED = 32
+    COPIED = 64
 
 
 class ConnectionState(IntFlag):

@@ -1,19 +1,24 @@
 """From netfilter to eBPF and back under traffic: no connection breaks, nothing is let through.
 
 There: our maps are complete and hold the connections of the kernel's table before the first packet
-is ours. Then all are, but for those of connections that the kernel has and we lack (begun since the
-table was read); no more of these begin, so a second reading finds the last. Connections with a
-process of the node at one end stay with netfilter (`entries.pairs`).
+is ours, so that no new connection gets the ports of one of these. Then all begin with us, and those
+that the kernel has stay with it; no more of these begin, so that a second reading finds each as it
+will remain. Connections with a process of the node at one end stay with netfilter
+(`entries.pairs`).
 
 Back: netfilter is told of the connections that it sees already (`announce`), and its rules are
-made. Once they are complete, we begin no more connections, write ours into the kernel's table, and
-from one packet to the next all packets are netfilter's.
+made. Once they are complete, it is told of those that it does not see. Then we begin no more, write
+what it lacks into the kernel's table, and from one packet to the next all packets are netfilter's.
+
+A port that was just another connection's is nothing rare: a busy client comes around in seconds,
+and the kernel remembers for two minutes. So what one table says of a connection is written into the
+other only while nobody can begin another of the same ports there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 from podwire.datapath.ebpf import entries, pinned
@@ -48,15 +53,20 @@ def join(programs: Programs, table: Table) -> list[Entry]:
             # the pods' sockets have told of their connections (Connections.adopt), but
             # not what netfilter makes of them
             programs.connections.clear()
-            _bring(programs, table)
+            copied = _copy(table.entries(), programs)
+            programs.connections.add({key: pair[key] for pair in copied for key in pair})
             programs.set_phase(Phase.JOINING)
-        programs.growing["connections"].settle()  # nothing is under way through netfilter any more
-        carried = _bring(programs, table)
+        programs.growing["connections"].settle()  # nothing begins with netfilter any more
+        found = list(table.entries())
+        going_on = (entry for entry in found if not entries.is_over(entry))
+        programs.connections.correct(_copy(going_on, programs))
         programs.set_phase(Phase.SERVING)
-        return carried
+        own = address.own(programs.netns_fd)
+        return [entry for entry in found if entries.is_carried(entry, own)]
 
 
-def _bring(programs: Programs, table: Table) -> list[Entry]:
+def _copy(found: Iterable[Entry], programs: Programs) -> Iterator[dict[bytes, bytes]]:
+    """Our two entries for each of these, where we need any."""
     pods = [*programs.maps["endpoints"].items(), *programs.growing["subjects"].map.items()]
     node = Node(
         address.own(programs.netns_fd),
@@ -64,11 +74,7 @@ def _bring(programs: Programs, table: Table) -> list[Entry]:
         entries.services(programs.growing["frontends"].read()),
     )
     now_s = int(time.clock_gettime(time.CLOCK_MONOTONIC))
-    found = list(table.entries())
-    programs.connections.add(
-        {key: value for entry in found for key, value in entries.pairs(entry, node, now_s)}
-    )
-    return [entry for entry in found if entries.is_carried(entry, node)]
+    return (dict(entries.pairs(entry, node, now_s)) for entry in found)
 
 
 def announce(node: str, table: Table) -> None:
@@ -102,12 +108,23 @@ def leave(node: str, table: Table) -> int:
         if _phase(maps) is not Phase.SERVING:  # a process died over it, perhaps in `_strict`
             sysctl.write({_LOOSE: 1}, table.netns_fd)
         if _phase(maps) is not Phase.WAITING:  # else netfilter carries everything already
+            told = _foretell(maps, table)
             _set_phase(maps, Phase.LEAVING)
             with _strict(table):
-                refused = _make(table, list(_leaving(maps)))
+                going_on = (entry for entry in _leaving(maps) if not entries.is_over(entry))
+                refused = _make(table, [entry for entry in going_on if entry not in told])
                 _set_phase(maps, Phase.WAITING)
     pinned.remove(node)
     return refused
+
+
+def _foretell(maps: PinnedMaps, table: Table) -> set[Entry]:
+    """Make entries of connections that netfilter does not see, so that it gives their ports to no
+    other; which it has now.
+    """
+    own = address.own(table.netns_fd)
+    hidden = {entry for entry in _leaving(maps) if entries.is_carried(entry, own)}
+    return hidden - table.create(hidden).keys()
 
 
 @contextmanager

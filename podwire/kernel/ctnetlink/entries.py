@@ -18,6 +18,8 @@ _U64 = struct.Struct(">Q")
 _UNTRACKED_SO_FAR = b"\x0a"
 """IP_CT_TCP_FLAG_SACK_PERM and _BE_LIBERAL, as the kernel sets them on what it picks up in its
 middle: nothing is known of the windows, and no packet is invalid for being outside of one."""
+_REOPENS = b"\x0e"
+"""And _CLOSE_INIT, the end that sent the first FIN: without, a SYN begins no other connection."""
 
 
 class Message(IntEnum):
@@ -331,7 +333,8 @@ def create_request(entry: Entry) -> netlink.Request:
         body += netlink.attr(Attribute.LABELS, entry.labels.to_bytes(16, "little"))
     if original.protocol == Protocol.TCP:
         state = netlink.u8(1, entry.state or TcpState.NONE)
-        flags = b"".join(netlink.attr(kind, _UNTRACKED_SO_FAR * 2) for kind in (4, 5))
+        known = _REOPENS if entry.state == TcpState.TIME_WAIT else _UNTRACKED_SO_FAR
+        flags = b"".join(netlink.attr(kind, known * 2) for kind in (4, 5))
         body += netlink.nest(Attribute.PROTOINFO, netlink.nest(1, state, flags))
     flags = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
     return netlink.Request(Message.NEW, flags, body, "make a connection table entry")

@@ -162,9 +162,11 @@ class Table:
 
     # --- change -----------------------------------------------------------------------------------
 
-    def create(self, entries: Iterable[Entry]) -> list[netlink.Failure]:
+    def create(self, entries: Iterable[Entry]) -> dict[Entry, netlink.Failure]:
         """Make entries; those that the kernel refused (EEXIST: there is one already) come back."""
-        return self._socket.attempt([create_request(entry) for entry in entries])[1]
+        requests = {create_request(entry): entry for entry in entries}
+        failures = self._socket.attempt(list(requests))[1]
+        return {requests[failure.request]: failure for failure in failures}
 
     def delete(self, filter_: Filter) -> None:
         """Delete what fits; the kernel does not tell how many (see `count`).

@@ -26,7 +26,10 @@ def rewrites(entry, node=HERE):
     for key, value in entries.pairs(entry, node, 100):
         to, *_, flags = CONNECTION.unpack(value)
         (one, _), (other, _) = (next(entries.kernel_entries(_plain(flow))) for flow in (key, to))
-        out[_direction(one.original)] = (_direction(other.original), ConnectionFlag(flags))
+        out[_direction(one.original)] = (
+            _direction(other.original),
+            ConnectionFlag(flags) & ~ConnectionFlag.COPIED,
+        )
     return out
 
 
@@ -62,7 +65,7 @@ def test_a_masqueraded_one_keeps_its_port():
             ConnectionFlag.TRANSLATED | ConnectionFlag.REPLY,
         ),
     }
-    assert entries.is_carried(entry, HERE)
+    assert entries.is_carried(entry, HERE.own)
 
 
 def test_what_the_nodes_own_processes_have_under_way_stays_with_netfilter():
@@ -77,8 +80,8 @@ def test_what_the_nodes_own_processes_have_under_way_stays_with_netfilter():
         (CLIENT, 4000, VIP, 443): ((CLIENT, 4000, VIP, 443), ConnectionFlag.STACK),
         (VIP, 443, CLIENT, 4000): ((VIP, 443, CLIENT, 4000), back),
     }
-    assert not entries.is_carried(asks, HERE)
-    assert not entries.is_carried(serves, HERE)
+    assert not entries.is_carried(asks, HERE.own)
+    assert not entries.is_carried(serves, HERE.own)
 
 
 def test_plain_connections_of_pods_are_known_so_that_no_policy_judges_their_answers():
