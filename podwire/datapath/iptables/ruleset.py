@@ -82,6 +82,7 @@ class Ruleset:
         names: Names,
         hooks: Mapping[str, Sequence[Hook]],
     ) -> None:
+        """`hooks` by table, in the order in which the tables are written; they go the other way."""
         self._iptables = iptables
         self._sets = sets
         self._names = names
@@ -160,7 +161,7 @@ class Ruleset:
         for iptables in self._iptables.in_use():  # we may have run with the other flavour before
             changes: dict[str, TableChange] = {}
             tables = iptables.save_all()
-            for table in self._hooks:
+            for table in reversed(list(self._hooks)):
                 there = tables.get(table, {})
                 ours = [name for name in there if name.startswith(self._names.chains)]
                 unhook = [

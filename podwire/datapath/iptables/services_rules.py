@@ -84,14 +84,14 @@ def hooks() -> dict[str, Sequence[Hook]]:
     def hook(chain: str, ours: str) -> Hook:
         return Hook(chain, f'-m comment --comment "podwire services" -j {CHAIN}{ours}')
 
-    return {
+    return {  # what is not translated is refused: the refusals come last
         "mangle": [hook("PREROUTING", "GUARD"), hook("OUTPUT", "RANGES")],
-        "filter": [hook("INPUT", "INPUT"), hook("FORWARD", "FORWARD"), hook("OUTPUT", "FORWARD")],
         "nat": [
             hook("PREROUTING", "SERVICES"),
             hook("OUTPUT", "SERVICES"),
             hook("POSTROUTING", "POSTROUTING"),
         ],
+        "filter": [hook("INPUT", "INPUT"), hook("FORWARD", "FORWARD"), hook("OUTPUT", "FORWARD")],
     }
 
 
