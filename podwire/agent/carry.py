@@ -1,9 +1,10 @@
-"""Translations that netfilter has begun and must finish, when no rule of it translates any more.
+"""Hooks of netfilter that track and translate, while no rule of it asks for them.
 
 The kernel takes its translating hooks away with the last chain of type nat, also from connections
 that are under way (net/netfilter/nf_nat_core.c, nf_nat_unregister_fn). eBPF leaves those of the
 node's own processes to netfilter; a table without rules that translate keeps the hooks until they
-have ended.
+have ended. The other way, it has netfilter note what these processes begin before rules come that
+would translate the later packets.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ class Carry:
     def begin(self) -> None:
         """Keep the hooks if anything is translated now. Raises KernelError."""
         if _translating():
-            try:
-                with NfTables() as nft:
-                    nft.run(_SCRIPT)
-            except Unsupported as error:  # then the rules to come after are iptables'
-                event(log, logging.DEBUG, "no nftables to keep translations with", error=error)
+            self.track()
+
+    def track(self) -> None:
+        """Have the hooks. Raises KernelError."""
+        try:
+            with NfTables() as nft:
+                nft.run(_SCRIPT)
+        except Unsupported as error:  # then the rules before or after are iptables'
+            event(log, logging.DEBUG, "no nftables to track with", error=error)
 
     def end(self) -> bool:
         """Take the table away once nothing is translated any more; whether it is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
+from podwire.agent.carry import Carry
 from podwire.agent.logs import event
 from podwire.agent.options import Options
 from podwire.agent.pods import Gate
@@ -88,6 +89,7 @@ def announce(options: Options) -> None:
     """Before another data path makes its rules: see `takeover.announce`."""
     for node in pinned_nodes(options):
         try:
+            Carry().track()
             with Table() as table:
                 takeover.announce(node, table)
         except KernelError as error:

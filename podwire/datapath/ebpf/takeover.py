@@ -78,11 +78,11 @@ def _copy(found: Iterable[Entry], programs: Programs) -> Iterator[dict[bytes, by
 
 
 def announce(node: str, table: Table) -> None:
-    """Call before netfilter's rules are made, while the programs of `node` serve.
+    """Call before netfilter's rules are made but once it tracks, while programs of `node` serve.
 
     Connections of the node's own processes that the programs translate pass netfilter first. It
     would take the next packet of one for its first and translate it, too, to who knows where; what
-    it has an entry of is let alone. Raises KernelError.
+    it has an entry of is let alone, and so is what begins from now on. Raises KernelError.
     """
     own = address.own(table.netns_fd)
     with PinnedMaps(node) as maps:
