@@ -43,32 +43,18 @@ static __always_inline void read_socket(const struct sock_common *socket, struct
 	flow->protocol = IPPROTO_TCP;
 }
 
-/* Entries that packets have made meanwhile know more: they stay. */
-static __always_inline void note(void *map, struct connection *value, __u8 flags)
-{
-	value->flags = flags;
-	bpf_map_update_elem(map, &value->to, value, BPF_NOEXIST);
-}
-
 SEC("iter/tcp")
 int adopt(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *socket = ctx->sk_common;
 	void *map = current_map(&connections);
-	struct connection value = {};
 	struct flow flow = {};
-	bool serves;
 
 	if (!socket || !map || !is_open(socket->skc_state))
 		return 0;
 	read_socket(socket, &flow);
 	/* who began is not known: the lower port is the server's */
-	serves = bpf_ntohs(flow.source_port) < bpf_ntohs(flow.destination_port);
-	value.seen_s = now_seconds();
-	value.state = STATE_SEEN | STATE_DATA;
-	value.to = flow;
-	note(map, &value, serves ? CONNECTION_REPLY : 0);
-	reverse(&value.to, &flow);
-	note(map, &value, serves ? 0 : CONNECTION_REPLY);
+	note_plain(map, &flow, STATE_SEEN | STATE_DATA,
+		   bpf_ntohs(flow.source_port) < bpf_ntohs(flow.destination_port));
 	return 0;
 }

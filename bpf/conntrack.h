@@ -188,6 +188,19 @@ static __always_inline bool is_over(const struct flow *key, const struct connect
 	return (connection->state | other) & STATE_RST || connection->state & other & STATE_FIN;
 }
 
+/* Record a connection that is not translated, `flow` being the answers' direction if `reply`. Entries that
+ * packets have made know more: they stay. */
+static __always_inline void note_plain(void *map, const struct flow *flow, __u8 state, bool reply)
+{
+	struct connection value = { .to = *flow, .seen_s = now_seconds(), .state = state };
+
+	value.flags = reply ? CONNECTION_REPLY : 0;
+	bpf_map_update_elem(map, &value.to, &value, BPF_NOEXIST);
+	reverse(&value.to, flow);
+	value.flags = reply ? 0 : CONNECTION_REPLY;
+	bpf_map_update_elem(map, &value.to, &value, BPF_NOEXIST);
+}
+
 struct creation {
 	struct flow key; /* of the direction being written */
 	struct connection value;

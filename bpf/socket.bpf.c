@@ -7,6 +7,7 @@
  * Programs here run in processes, where another may take the CPU: they keep all state on the stack.
  */
 #define PODWIRE_NO_PACKETS
+#include "conntrack.h"
 #include "service.h"
 #include "socket.h"
 
@@ -161,10 +162,29 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, bool ipv4)
 	return 1;
 }
 
+/* Answers of one backend to two frontends look alike. So that packets to the second get another port
+ * (tcx), there is an entry of the socket's flow to the backend, which has that of the first. */
+static __always_inline void keep_apart(const struct bpf_sock_addr *ctx, bool ipv4,
+				       const struct remote *backend)
+{
+	__u64 cookie = bpf_get_netns_cookie((void *)ctx);
+	struct pod_namespace *pod = bpf_map_lookup_elem(&namespaces, &cookie);
+	void *map = current_map(&connections);
+	struct flow flow = { .protocol = IPPROTO_UDP };
+
+	if (!pod || !map || !ctx->sk)
+		return;
+	flow.source = pod->addresses[ipv4 ? 0 : 1];
+	flow.source_port = bpf_htons(ctx->sk->src_port);
+	flow.destination = backend->address;
+	flow.destination_port = backend->port;
+	note_plain(map, &flow, STATE_SEEN, false);
+}
+
 static __always_inline int on_sendmsg(struct bpf_sock_addr *ctx, bool ipv4)
 {
 	struct datagram_key key = { .cookie = bpf_get_socket_cookie(ctx), .outward = 1 };
-	struct remote backend, frontend, *last;
+	struct remote backend, frontend, *last, *named;
 
 	read_remote(ctx, ipv4, &key.remote);
 	frontend = key.remote;
@@ -186,6 +206,11 @@ static __always_inline int on_sendmsg(struct bpf_sock_addr *ctx, bool ipv4)
 	bpf_map_update_elem(&datagrams, &key, &backend, BPF_ANY);
 	key.outward = 0;
 	key.remote = backend;
+	named = bpf_map_lookup_elem(&datagrams, &key);
+	if (named && !same_remote(named, &frontend)) {
+		keep_apart(ctx, ipv4, &backend);
+		return 1;
+	}
 	if (bpf_map_update_elem(&datagrams, &key, &frontend, BPF_ANY))
 		return 1;
 	write_remote(ctx, ipv4, &backend);

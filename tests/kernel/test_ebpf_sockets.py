@@ -147,6 +147,30 @@ def test_an_unconnected_socket_stays_with_one_backend_until_it_goes(world, famil
     assert {server for server, _ in seen[6:]} == {POD[1][family]}
 
 
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("backend", [POD[1], REMOTE], ids=["here", "elsewhere"])
+def test_one_socket_may_ask_two_services_with_one_backend(world, family, backend):
+    """Their answers look alike, unless the second Service goes by another port."""
+    world.part.connections.clear()
+    both = {"family": family, "protocol": Protocol.UDP}
+    numbers = (53, 54, 55)
+    ports = [make_port(f"dns{number}", number, [backend[family]], **both) for number in numbers]
+    world.part.apply(make_table(ports))
+
+    def talk():
+        seen = []
+        with opened(family, socket.SOCK_DGRAM) as client:
+            for number in (*numbers, *reversed(numbers)):
+                client.sendto(b"who", (VIP[family], number))
+                seen.append(client.recvfrom(100)[1][:2] == (VIP[family], number))
+            for number in numbers:  # all answers under way at once
+                client.sendto(b"who", (VIP[family], number))
+            seen.append(sorted(client.recvfrom(100)[1][1] for _ in numbers) == list(numbers))
+        return seen
+
+    assert inside(world, "pod2", talk) == [True] * 7
+
+
 def test_refused_at_once_without_endpoints(world):
     both = {"family": 4, "protocol": Protocol.TCP}
     world.part.apply(make_table([make_port("none", 82, [], **both)]))
