@@ -29,6 +29,14 @@ class Protocol(IntEnum):
     SCTP = 132
 
 
+def protocol_name(number: int) -> str:
+    """``TCP``, …; of a protocol that nobody here speaks about, its number."""
+    try:
+        return Protocol(number).name
+    except ValueError:
+        return str(number)
+
+
 def parse_address(text: str) -> Address:
     """The packed form of an address.
 

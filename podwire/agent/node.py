@@ -37,7 +37,12 @@ def facts(node: Node) -> NodeFacts:
 
 def eligible(node: Node | None) -> bool:
     """Whether load balancers should send traffic here: neither deleted nor about to be."""
-    return node is not None and all(taint.key != _EVICTING for taint in node.spec.taints)
+    return node is not None and not leaving(node)
+
+
+def leaving(node: Node) -> bool:
+    """Whether the cluster's autoscaler is about to delete it."""
+    return any(taint.key == _EVICTING for taint in node.spec.taints)
 
 
 def proxy_config(options: Options, node: Node) -> ProxyConfig:

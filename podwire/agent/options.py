@@ -74,7 +74,6 @@ class Options:
     healthz_bind_address: str = "0.0.0.0:10256"
     metrics_bind_address: str = "127.0.0.1:10249"
     sync_period_s: float = 30.0
-    min_sync_period_s: float = 0.0
     # policy
     cut_established: bool = False
     # what leaves the cluster
@@ -173,7 +172,8 @@ def _duration_s(value: object, where: str) -> float | None:
 def read_kube_proxy_config(path: Path, options: Options) -> Options:
     """`options` with what the KubeProxyConfiguration at `path` says. Raises ConfigError.
 
-    ``mode: ipvs`` and other fields that podwire has no use for give a warning, never an error.
+    ``mode: ipvs`` gives a warning. Fields that podwire has no use for are passed over
+    (``minSyncPeriod``: a change costs what changed, so it goes out at once).
     """
     try:
         loaded: object = yaml.safe_load(path.read_text())
@@ -198,7 +198,6 @@ def read_kube_proxy_config(path: Path, options: Options) -> Options:
     nodeport = document.get("nodePortAddresses") or (["all"] if mode == "iptables" else ["primary"])
     localhost = mode == "iptables" and iptables.get("localhostNodePorts") is not False
     sync = _duration_s(section.get("syncPeriod"), "syncPeriod")
-    min_sync = _duration_s(section.get("minSyncPeriod"), "minSyncPeriod")
     client = cast("dict[str, Any]", document.get("clientConnection") or {})
     return replace(
         options,
@@ -216,7 +215,6 @@ def read_kube_proxy_config(path: Path, options: Options) -> Options:
         healthz_bind_address=str(document.get("healthzBindAddress") or "0.0.0.0:10256"),
         metrics_bind_address=str(document.get("metricsBindAddress") or "127.0.0.1:10249"),
         sync_period_s=sync or options.sync_period_s,
-        min_sync_period_s=min_sync or options.min_sync_period_s,
         warnings=tuple(warnings),
     )
 

@@ -130,13 +130,6 @@ class Pods:
                 event(log, logging.WARNING, "repaired", part="spoof guard", what=repair)
                 repaired("spoof", 1)
 
-    def status(self) -> dict[str, object]:
-        attachments = self._state.attachments()
-        return {
-            "attachments": len(attachments),
-            "addresses": sum(len(each.addresses) for each in attachments),
-        }
-
     def _ready(self) -> None:
         if not self._serving:
             raise refuse("the agent is starting")

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from podwire.agent.refusals import protocol_name
 from podwire.datapath.ebpf.connections import Flow
 from podwire.datapath.ebpf.events import Event
 from podwire.datapath.ebpf.layout import Reason
@@ -22,7 +21,7 @@ from podwire.kernel.ctnetlink.entries import Entry
 from podwire.kernel.nflog import Logged
 from podwire.kube.objects import ClusterNetworkPolicy, EndpointSlice, NetworkPolicy, Service
 from podwire.kube.store import Store
-from podwire.net import Address, Protocol, format_address, parse_address
+from podwire.net import Address, Protocol, format_address, parse_address, protocol_name
 from podwire.policy import Decision, Direction, Judgement, Packet, PolicyTable, Verdict
 from podwire.policy import lint as linting
 from podwire.policy import matrix as matrices

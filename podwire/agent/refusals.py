@@ -20,7 +20,7 @@ from podwire.agent.logs import event
 from podwire.datapath.ebpf.events import PASSED, WORDS, Event, EventReader
 from podwire.datapath.ebpf.layout import Reason
 from podwire.datapath.ebpf.programs import Programs
-from podwire.net import Address, Protocol, format_address
+from podwire.net import Address, Protocol, format_address, protocol_name
 
 log = logging.getLogger("podwire.agent.refusals")
 
@@ -112,13 +112,6 @@ class OutcomeCollector(Collector):
             passed = reason in PASSED or reason is Reason.EVENTS_LOST
             (other if passed else drops).add_metric([name], packets)
         yield from (drops, other)
-
-
-def protocol_name(number: int) -> str:
-    try:
-        return Protocol(number).name
-    except ValueError:
-        return str(number)
 
 
 def _interface(index: int) -> str:

@@ -42,7 +42,6 @@ class Sync(Generic[TableT]):
         self.failures = 0
         self.error = ""
         self.last_duration_s = 0.0
-        self.last_synced: float = 0.0  # wall clock, seconds
         self.retry_at: float | None = None  # monotonic; None: nothing waits
         self._compile = compile
         self._retry_s = RETRY_FIRST_S
@@ -84,7 +83,6 @@ class Sync(Generic[TableT]):
         self.retry_at, self._retry_s = None, RETRY_FIRST_S
         self.revision += 1
         self.last_duration_s = time.perf_counter() - began
-        self.last_synced = time.time()
         self.waiting_deletes = True
         return True
 

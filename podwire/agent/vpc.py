@@ -12,6 +12,7 @@ from aiohttp import web
 
 from podwire.agent.control import ControlServer
 from podwire.agent.logs import event
+from podwire.agent.node import leaving
 from podwire.agent.options import Options
 from podwire.agent.watch import Watcher
 from podwire.cni.assembly import boot_time, restored_pool
@@ -40,7 +41,6 @@ log = logging.getLogger("podwire.agent.vpc")
 
 KEEP_EVERY_S = 10.0
 _OPTIMISTIC_MTU = 9001
-_EVICTING = "ToBeDeletedByClusterAutoscaler"
 
 
 class VpcWiring(RoutedWiring):
@@ -178,7 +178,7 @@ class VpcMode:
             Node(
                 max_pods=int(pods) if pods.isdigit() else 0,
                 schedulable=not node.spec.unschedulable,
-                terminating=any(taint.key == _EVICTING for taint in node.spec.taints),
+                terminating=leaving(node),
                 eni_config_subnet=config.spec.subnet if config else "",
                 eni_config_groups=tuple(config.spec.security_groups) if config else (),
             )

@@ -14,11 +14,16 @@ from typing import NamedTuple
 from podwire.conntrack.names import Names, Place, Role
 from podwire.kernel.ctnetlink import FlowKey, Status
 from podwire.kernel.ctnetlink.entries import state_name
-from podwire.net import Address, Protocol
+from podwire.net import Address, protocol_name
 from podwire.services import ServicePortName
 
 MOST_REMOTES = 65536
 MASQUERADE_PORTS = 65535 - 1024 + 1  # what the kernel may choose from when no range is given
+
+# As plain numbers: members of an IntFlag are slow to compare.
+_SEEN_REPLY, _SRC_NAT = int(Status.SEEN_REPLY), int(Status.SRC_NAT)
+_NAT = _SRC_NAT | int(Status.DST_NAT)
+_TOLD = int(Status.SEEN_REPLY | Status.ASSURED | Status.OFFLOAD)
 
 
 class Kind(Enum):
@@ -152,15 +157,15 @@ class Tally:
             elif server.rank == _OUTSIDE:
                 client.outside += count
             kinds[_KIND_NUMBERS[number]] += count
-            if not status & 2:  # Status.SEEN_REPLY; its members are slow to compare
+            if not status & _SEEN_REPLY:
                 client.unreplied += count
                 if service is not None:
                     service.unreplied += count
-            shape = (protocol, state, status & 0x4006)
+            shape = (protocol, state, status & _TOLD)
             states[shape] = states.get(shape, 0) + count
-            if status & 0x30:  # SRC_NAT, DST_NAT
+            if status & _NAT:
                 self.natted += count
-                if status & 0x10:
+                if status & _SRC_NAT:
                     target = (reply_destination, reply_source, reply_port, protocol)
                     snat[target] = snat.get(target, 0) + count
         self.total += sum(counts.values())
@@ -253,11 +258,3 @@ class Tally:
             for peer in self.peers.values()
             if peer.place.role is Role.POD and not peer.place.name
         )
-
-
-def protocol_name(number: int) -> str:
-    """``TCP``, … or the number."""
-    try:
-        return Protocol(number).name
-    except ValueError:
-        return str(number)

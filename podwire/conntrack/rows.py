@@ -11,12 +11,11 @@ from podwire.conntrack.attribution import (
     Peer,
     Tally,
     attribute,
-    protocol_name,
 )
 from podwire.conntrack.names import Names, Role
 from podwire.kernel.ctnetlink import Counters, Entry, Status, Tuple
 from podwire.kernel.ctnetlink.counting import flow_key
-from podwire.net import format_address
+from podwire.net import format_address, protocol_name
 
 SNAT_WARNING = 0.8
 """Of the local port range in use for one destination: the next step is refused connections."""

@@ -40,14 +40,12 @@ IFF_ALLMULTI = 0x200
 IFINFO = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 
 _ADDRESS, _IFNAME, _MTU, _LINK = 1, 3, 4, 5
-_MASTER, _TXQLEN, _OPERSTATE, _LINKINFO = 10, 13, 16, 18
+_MASTER, _TXQLEN, _LINKINFO = 10, 13, 18
 _IFALIAS, _AF_SPEC, _GROUP, _NET_NS_FD, _EXT_MASK = 20, 26, 27, 28, 29
 _PROMISCUITY, _NUM_TX_QUEUES, _NUM_RX_QUEUES = 30, 31, 32
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
 _EXT_SKIP_STATS = 1 << 3
-
-OPERSTATES = ("unknown", "notpresent", "down", "lowerlayerdown", "testing", "dormant", "up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,6 @@ class Link:
     mac: bytes
     mtu: int
     flags: int
-    operstate: str
     master: int
     link: int
     tx_queue_length: int
@@ -86,7 +83,6 @@ def parse(body: bytes) -> Link:
     _, _, index, flags, _ = IFINFO.unpack_from(body)
     get = attributes(body, IFINFO.size).get
     info = attributes(get(_LINKINFO, b""))
-    operstate = number(get(_OPERSTATE, b"\0"))
     return Link(
         index,
         string(get(_IFNAME, b"")),
@@ -94,7 +90,6 @@ def parse(body: bytes) -> Link:
         get(_ADDRESS, b""),
         number(get(_MTU, b"")),
         flags,
-        OPERSTATES[operstate] if operstate < len(OPERSTATES) else str(operstate),
         number(get(_MASTER, b"")),
         number(get(_LINK, b"")),
         number(get(_TXQLEN, b"")),

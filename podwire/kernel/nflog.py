@@ -21,16 +21,13 @@ _PACKET, _CONFIG = 0, 1
 _CFG_COMMAND, _CFG_MODE, _CFG_TIMEOUT, _CFG_THRESHOLD = 1, 2, 4, 5
 _BIND = 1
 _COPY_PACKET = 2
-_INPUT_LINK, _PAYLOAD, _PREFIX = 4, 9, 10
+_PAYLOAD, _PREFIX = 9, 10
 _RECEIVE_BYTES = 1 << 16
 _PORTS = (Protocol.TCP, Protocol.UDP, Protocol.SCTP)
 
 
 class Logged(NamedTuple):
-    """One packet. `port` is the destination's; `icmp_type` is None for other protocols.
-
-    `input_link` is the index of the link it came in on, 0: it was sent from here.
-    """
+    """One packet. `port` is the destination's; `icmp_type` is None for other protocols."""
 
     prefix: str
     source: Address
@@ -39,7 +36,6 @@ class Logged(NamedTuple):
     source_port: int
     port: int
     icmp_type: int | None
-    input_link: int
 
 
 class Listener:
@@ -101,8 +97,7 @@ def _parse(body: bytes) -> Logged | None:
     parsed = parse_packet(payload)
     if parsed is None:
         return None
-    input_link = int.from_bytes(found.get(_INPUT_LINK, b""), "big")
-    return Logged(netlink.string(found.get(_PREFIX, b"")), *parsed, input_link)
+    return Logged(netlink.string(found.get(_PREFIX, b"")), *parsed)
 
 
 def parse_packet(

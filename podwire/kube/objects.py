@@ -20,7 +20,6 @@ class OwnerReference(Object, frozen=True, kw_only=True):
     kind: str = ""
     name: str = ""
     uid: str = ""
-    controller: bool = False
 
 
 class Metadata(Object, frozen=True, kw_only=True):
@@ -61,8 +60,6 @@ class NodeAddress(Object, frozen=True, kw_only=True):
 
 class Taint(Object, frozen=True, kw_only=True):
     key: str = ""
-    value: str = ""
-    effect: str = ""
 
 
 class NodeSpec(Object, frozen=True, kw_only=True):

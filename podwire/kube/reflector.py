@@ -32,7 +32,6 @@ class FollowState:
     error: str = ""
     since: float = 0.0
     lists: int = 0
-    events: int = 0
 
 
 class Reflector:
@@ -143,7 +142,6 @@ class Reflector:
                 self.store.refuse(kind, event.key, event.reason)
             else:
                 self.store.put(event.object)
-        state.events += len(batch)
         self._good(state)
         return version
 

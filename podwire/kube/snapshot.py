@@ -12,18 +12,13 @@ from podwire.kube.objects import Resource
 from podwire.kube.store import Kind, Store
 
 
-def save(store: Store, kinds: Sequence[Kind], path: Path) -> None:
-    """Write all objects of `kinds`; the file is always whole, the old one or the new one."""
-    write(encode(store, kinds), path)
-
-
 def encode(store: Store, kinds: Sequence[Kind]) -> bytes:
     """The file's content; quick, beside what the disk takes."""
     return msgspec.json.encode({kind.__name__: list(store.all(kind).values()) for kind in kinds})
 
 
 def write(content: bytes, path: Path) -> None:
-    """Replace the file, and wait for the disk."""
+    """Replace the file, which is always whole, the old one or the new one; wait for the disk."""
     part = path.with_suffix(".part")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "wb") as file:

@@ -24,7 +24,7 @@ from podwire.kernel.monitor import Event
 from podwire.kernel.netlink import NetlinkSocket, Request
 from podwire.kernel.route import TABLE_MAIN, Route
 from podwire.kernel.rule import Rule
-from podwire.net import Address, Prefix, format_address, host_prefix
+from podwire.net import Address, Prefix, host_prefix
 from podwire.wiring import KERNEL_PROTOCOL
 from podwire.wiring.interference import taken_away
 
@@ -170,13 +170,6 @@ class EniLinks:
             return self._primary_rules
         prefix = host_prefix(eni.address)
         return [rule.from_prefix(prefix, FROM_ENI_PRIORITY, eni.table, KERNEL_PROTOCOL)]
-
-    def status(self) -> dict[str, object]:
-        """MAC → address and table."""
-        return {
-            mac: f"{format_address(eni.address)} table {eni.table}"
-            for mac, eni in self._enis.items()
-        }
 
 
 def _routes(eni: Eni, index: int) -> list[Route]:

@@ -97,20 +97,10 @@ class HostPortRules:
 
     def check(self, mappings: HostPorts) -> list[str]:
         """How the live state differs, one sentence each."""
-        if not self._table.exists():
-            return [f"there is no nf_tables table inet {TABLE}"]
-        return [
-            f"host port elements are missing in {target.name} of {TABLE}"
-            for target, elements in _elements(mappings)
-            if self._table.held(target, elements) != elements
-        ]
+        return self._table.check(_elements(mappings))
 
     def reconcile(self, mappings: Collection[HostPorts]) -> None:
         """Make the table hold these mappings and no others."""
-        if not mappings:
-            self.cleanup()
-            return
-        self._table.make()
         self._table.settle(pair for each in mappings for pair in _elements(each))
 
     def cleanup(self) -> None:

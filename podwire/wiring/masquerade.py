@@ -51,20 +51,10 @@ class MasqueradeRules:
 
     def check(self, addresses: Sequence[PodAddress]) -> list[str]:
         """How the live state differs, one sentence each."""
-        if not self._table.exists():
-            return [f"there is no nf_tables table inet {TABLE}"]
-        return [
-            f"elements are missing in {target.name} of {TABLE}"
-            for target, elements in _elements(addresses)
-            if self._table.held(target, elements) != elements
-        ]
+        return self._table.check(_elements(addresses))
 
     def reconcile(self, addresses: Collection[PodAddress]) -> None:
         """Make the table hold these addresses and no others."""
-        if not addresses:
-            self.cleanup()
-            return
-        self._table.make()
         self._table.settle(_elements(addresses))
 
     def cleanup(self) -> None:

@@ -66,6 +66,16 @@ class PodTable:
             transaction.delete(target, some)
         self._nft.commit(transaction)
 
+    def check(self, elements: Elements) -> list[str]:
+        """How the live state differs from these elements being there, one sentence each."""
+        if not self.exists():
+            return [f"there is no nf_tables table inet {self._name}"]
+        return [
+            f"elements are missing in {target.name} of {self._name}"
+            for target, some in elements
+            if self.held(target, some) != some
+        ]
+
     def held(self, target: Set, elements: Sequence[Element]) -> list[Element]:
         """Those of the elements that the kernel has, with the same data."""
         if not self.exists():
@@ -74,11 +84,19 @@ class PodTable:
         return [each for each in elements if (each.key, each.data, each.end) in present]
 
     def settle(self, elements: Elements) -> None:
-        """Make all sets of the table hold these elements and no others. Raises KernelError."""
+        """Make all sets of the table hold these elements and no others. Raises KernelError.
+
+        Without elements there need be no table: it goes.
+        """
+        wanted = list(elements)
+        if not wanted:
+            self.cleanup()
+            return
+        self.make()
         names = [name for name in self._nft.sets(INET, self._name) if not _is_anonymous(name)]
         held = {name: set(self._nft.elements(Set(INET, self._name, name))) for name in names}
         want: dict[str, set[Element]] = {name: set() for name in held}
-        for target, some in elements:
+        for target, some in wanted:
             want[target.name].update(some)
         transaction = Transaction()
         for name, some in want.items():

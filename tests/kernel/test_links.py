@@ -38,7 +38,7 @@ def test_veth_ends_are_made_where_they_belong(make_netns: Callable[[], int]) -> 
         pod.run(link.change("eth0", up=True))
         br0, ours = present(host, "br0"), present(host, "vethA")
         peer = present(pod, "eth0")
-        assert (ours.kind, ours.mac, ours.mtu, ours.operstate) == ("veth", MAC, 1450, "up")
+        assert (ours.kind, ours.mac, ours.mtu, ours.up) == ("veth", MAC, 1450, True)
         assert (peer.kind, peer.mac, peer.mtu, peer.up) == ("veth", PEER_MAC, 1400, True)
         assert ours.link == peer.index
         assert link.find(host, "eth0") is None

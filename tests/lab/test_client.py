@@ -356,7 +356,7 @@ def test_the_snapshot_is_what_was_last_known(tmp_path):
             Client(config(server, tmp_path)) as client,
             following(client, Service) as reflector,
         ):
-            snapshot.save(reflector.store, [Service], tmp_path / "known.json")
+            snapshot.write(snapshot.encode(reflector.store, [Service]), tmp_path / "known.json")
             loaded = Store()
             assert snapshot.load(loaded, [Service, Namespace], tmp_path / "known.json")
             assert dict(loaded.all(Service)) == dict(reflector.store.all(Service))

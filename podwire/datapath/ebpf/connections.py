@@ -52,9 +52,10 @@ class Collected(NamedTuple):
 class Loaded(Protocol):
     """What the table needs of `Programs`."""
 
-    maps: dict[str, Map]
-    growing: dict[str, GrowingMap]
-
+    @property
+    def maps(self) -> Mapping[str, Map]: ...
+    @property
+    def growing(self) -> Mapping[str, GrowingMap]: ...
     @property
     def reads_sockets(self) -> bool: ...
     def program(self, name: str) -> Program: ...

@@ -21,7 +21,6 @@ class CloudError(PodwireError):
     def __init__(self, message: str, *, code: str = "", operation: str = "") -> None:
         super().__init__(f"{operation}: {code}: {message}" if code else f"{operation}: {message}")
         self.code = code
-        self.operation = operation
 
     @property
     def throttled(self) -> bool:
@@ -67,7 +66,6 @@ class CloudEni:
     subnet_id: str
     address: Address  # the primary IPv4 address
     cidrs: frozenset[Prefix] = frozenset()
-    address6: Address | None = None
     device_index: int | None = None  # None: not attached
     card_index: int = 0
     attachment_id: str = ""

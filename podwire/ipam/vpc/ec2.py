@@ -16,7 +16,7 @@ from typing import Any
 from podwire.errors import Unsupported
 from podwire.ipam.vpc.cloud import CloudEni, CloudError, CloudSubnet, Invoke, NewEni
 from podwire.ipam.vpc.limits import InstanceLimits
-from podwire.net import Address, Prefix, parse_address, parse_prefix
+from podwire.net import Prefix, parse_address, parse_prefix
 
 Observer = Callable[[str, float, str], None]  # operation, seconds, error code
 
@@ -261,7 +261,6 @@ def _eni(facts: Mapping[str, Any]) -> CloudEni:
         *(one["Ipv4Prefix"] for one in facts.get("Ipv4Prefixes", ())),
         *(one["Ipv6Prefix"] for one in facts.get("Ipv6Prefixes", ())),
     ]
-    ipv6: Sequence[Mapping[str, str]] = facts.get("Ipv6Addresses", ())
     attached = attachment.get("Status") in ("attached", "attaching")
     return CloudEni(
         id=facts["NetworkInterfaceId"],
@@ -269,7 +268,6 @@ def _eni(facts: Mapping[str, Any]) -> CloudEni:
         subnet_id=facts.get("SubnetId", ""),
         address=parse_address(primary) if primary else b"",
         cidrs=frozenset(parse_prefix(text) for text in cidrs),
-        address6=_first_address6(ipv6),
         device_index=attachment.get("DeviceIndex", 0) if attached else None,
         card_index=attachment.get("NetworkCardIndex", 0),
         attachment_id=attachment.get("AttachmentId", ""),
@@ -280,10 +278,6 @@ def _eni(facts: Mapping[str, Any]) -> CloudEni:
         groups=tuple(group["GroupId"] for group in facts.get("Groups", ())),
         tags={tag["Key"]: tag["Value"] for tag in facts.get("TagSet", ())},
     )
-
-
-def _first_address6(ipv6: Sequence[Mapping[str, str]]) -> Address | None:
-    return parse_address(ipv6[0]["Ipv6Address"]) if ipv6 else None
 
 
 def _subnet(facts: Mapping[str, Any]) -> CloudSubnet:

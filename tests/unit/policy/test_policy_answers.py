@@ -114,7 +114,7 @@ def test_lint() -> None:
 
 def test_a_logged_packet_is_named() -> None:
     table = compiled(cluster(ingress(FROM_B)))
-    packet = Logged("podwire denied", p("10.0.2.1"), p("10.0.1.1"), 6, 40000, 80, None, 1)
+    packet = Logged("podwire denied", p("10.0.2.1"), p("10.0.1.1"), 6, 40000, 80, None)
     drop = policy_api.logged(table, packet, 0)
     assert (drop["source_name"], drop["destination_name"]) == ("y/a", "x/a")
     assert drop["policies"] == ["NetworkPolicy x/p"]
