@@ -23,6 +23,7 @@ from podwire.datapath.nftables.policy import PolicyPart as NftablesPolicyPart
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.errors import KernelError, Unsupported
 from podwire.kernel.ctnetlink import Entry, Table
+from podwire.kernel.ctnetlink.filters import abilities
 from podwire.kernel.iptables import FLAVOURS, Flavour, detect_flavour, installed
 from podwire.nodes import RouteTable
 from podwire.policy import PolicyTable
@@ -62,6 +63,7 @@ class DataPath:
             self._flavour = detect_flavour()
         if self.programs is None:
             ebpf.announce(options)
+            abilities()  # to end flows with: found out now, not while a client waits
 
     def nodes(self) -> Part[RouteTable]:
         if self.programs is not None:

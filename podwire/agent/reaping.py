@@ -17,7 +17,6 @@ from podwire.conntrack.stale import Removal
 from podwire.datapath import Part, Requirement
 from podwire.errors import KernelError
 from podwire.kernel.ctnetlink import Table
-from podwire.kernel.ctnetlink.filters import abilities
 from podwire.services import ServiceTable
 from podwire.services.stale import StaleFlows
 
@@ -47,7 +46,6 @@ class ReapingPart:
         self._path.start()
         if self._table is None:
             self._table = Table(self._netns)
-            abilities()  # found out now, not while a client waits
 
     def apply(self, table: ServiceTable) -> None:
         self._path.apply(table)

@@ -70,17 +70,17 @@ class ServiceCompiler:
 
         The same table again when nothing that a proxy looks at has changed.
         """
-        dirty: set[Key] = set()
+        dirty: dict[Key, None] = {}  # in the order of the objects: they lie in memory like that
         for key, change in changes.of(Service).items():
-            dirty.add(key)
+            dirty[key] = None
             if change.new is None:
                 self._services.pop(key, None)
             else:
                 self._services[key] = change.new
         for change in changes.of(EndpointSlice).values():
-            dirty.update(self._move_slice(change.old, change.new))
+            dirty |= dict.fromkeys(self._move_slice(change.old, change.new))
         if self._update_settings(changes, node):
-            dirty.update(self._services)
+            dirty |= dict.fromkeys(self._services)
         ports: dict[ServicePortName, ServicePort | None] = {}
         for key in self._update_specs(dirty):
             self._compile(key, ports)
@@ -167,9 +167,9 @@ class ServiceCompiler:
 
     # --- claims -----------------------------------------------------------------------------------
 
-    def _update_specs(self, dirty: set[Key]) -> set[Key]:
+    def _update_specs(self, dirty: dict[Key, None]) -> dict[Key, None]:
         """Read the dirty Services' specs; those whose ports must be compiled, losers included."""
-        compile_too: set[Key] = set()
+        compile_too: dict[Key, None] = {}
         contested: set[Claim] = set()
         for key in dirty:
             service = self._services.get(key)
@@ -190,7 +190,7 @@ class ServiceCompiler:
             else:
                 self._specs.pop(key, None)
         for claim in contested:
-            compile_too.update(self._settle(claim))
+            compile_too |= dict.fromkeys(self._settle(claim))
         return dirty | compile_too
 
     def _claim(self, port: PortSpec) -> Iterable[Claim]:

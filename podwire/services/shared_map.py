@@ -8,8 +8,9 @@ versions are compared by looking at which of these are the same object.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, overload
 
+T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -62,6 +63,15 @@ class SharedMap(Mapping[K, V], Generic[K, V]):
 
     def __getitem__(self, key: K) -> V:
         return self._buckets[hash(key) % _BUCKETS][key]
+
+    @overload
+    def get(self, key: K, /) -> V | None: ...
+
+    @overload
+    def get(self, key: K, /, default: V | T) -> V | T: ...
+
+    def get(self, key: K, /, default: V | T | None = None) -> V | T | None:
+        return self._buckets[hash(key) % _BUCKETS].get(key, default)
 
     def __iter__(self) -> Iterator[K]:
         for bucket in self._buckets:

@@ -144,6 +144,8 @@ def _cluster_ips(service: Service, problems: _Problems) -> list[tuple[Family, Ad
 
 def _load_balancer_ips(service: Service, family: Family, problems: _Problems) -> list[Address]:
     ingress = service.status.load_balancer.ingress
+    if not ingress:
+        return []
     texts = [entry.ip for entry in ingress if entry.ip and entry.ip_mode in (None, "", "VIP")]
     return _of_family(family, _addresses(texts, "load balancer IP", problems))
 
@@ -152,11 +154,9 @@ def _external_ips(
     service: Service, family: Family, settings: Settings, problems: _Problems
 ) -> list[Address]:
     """externalIPs, as far as the operator lets Services choose them (CVE-2020-8554)."""
-    allowed = settings.config.external_ips
+    texts, allowed = service.spec.external_ips, settings.config.external_ips
     out: list[Address] = []
-    for address in _of_family(
-        family, _addresses(service.spec.external_ips, "externalIP", problems)
-    ):
+    for address in _of_family(family, _addresses(texts, "externalIP", problems)) if texts else ():
         if allowed is None or any(address in prefix for prefix in allowed):
             out.append(address)
         else:
@@ -177,7 +177,10 @@ def _source_ranges(
     out rather than letting everybody in. Where the node itself may, so may the load balancer
     addresses: a node that holds one uses it as its source.
     """
-    prefixes, bad = parse_prefixes(service.spec.load_balancer_source_ranges)
+    ranges = service.spec.load_balancer_source_ranges
+    if not ranges:
+        return None
+    prefixes, bad = parse_prefixes(ranges)
     if bad:
         problems.add(f"loadBalancerSourceRanges set aside: {bad}")
     mine = [prefix for prefix in prefixes if _family(prefix.address) == family]
@@ -204,11 +207,12 @@ def _affinity(service: Service, problems: _Problems) -> int:
 
 def _algorithm(service: Service, problems: _Problems) -> Algorithm | Literal[""]:
     text = service.metadata.annotations.get(ALGORITHM, "")
+    if not text:
+        return ""
     for known in get_args(Algorithm):
         if text == known:
             return known
-    if text:
-        problems.add(f"annotation {ALGORITHM}: {text!r} is neither random nor maglev")
+    problems.add(f"annotation {ALGORITHM}: {text!r} is neither random nor maglev")
     return ""
 
 
