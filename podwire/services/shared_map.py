@@ -7,7 +7,7 @@ versions are compared by looking at which of these are the same object.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import Generic, TypeVar, overload
 
 T = TypeVar("T")
@@ -77,5 +77,35 @@ class SharedMap(Mapping[K, V], Generic[K, V]):
         for bucket in self._buckets:
             yield from bucket
 
+    def items(self) -> ItemsView[K, V]:
+        return _Items(self, self._buckets)
+
+    def values(self) -> ValuesView[V]:
+        return _Values(self, self._buckets)
+
     def __len__(self) -> int:
         return self._length
+
+
+class _Items(ItemsView[K, V]):
+    """Walks through the buckets, where the view that it replaces looks every key up."""
+
+    def __init__(self, of: Mapping[K, V], buckets: Iterable[dict[K, V]]) -> None:
+        super().__init__(of)
+        self._buckets = buckets
+
+    def __iter__(self) -> Iterator[tuple[K, V]]:
+        for bucket in self._buckets:
+            yield from bucket.items()
+
+
+class _Values(ValuesView[V]):
+    """As `_Items`."""
+
+    def __init__(self, of: Mapping[K, V], buckets: Iterable[dict[K, V]]) -> None:
+        super().__init__(of)
+        self._buckets = buckets
+
+    def __iter__(self) -> Iterator[V]:
+        for bucket in self._buckets:
+            yield from bucket.values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from podwire.datapath.ebpf.layout import HIT_KEY, mapped
 from podwire.datapath.ebpf.programs import Programs
@@ -23,10 +23,13 @@ class Hits:
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
 
-    def keep(self, keys: Collection[bytes]) -> None:
-        """Forget all but these."""
+    def keep(self, keys: Callable[[], Collection[bytes]]) -> None:
+        """Forget all but these, which are asked for if there are any."""
         hits = self._programs.maps["hits"]
-        hits.delete_batch([key for key, _ in hits.items() if key not in keys])
+        held = [key for key, _ in hits.items()]
+        if held:
+            kept = keys()
+            hits.delete_batch([key for key in held if key not in kept])
 
     def forget(self, keys: Collection[bytes]) -> None:
         """What these count is gone; most of them may have had no connection."""

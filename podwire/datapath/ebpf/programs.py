@@ -315,6 +315,15 @@ class Programs:
             self._policies = 1 - self._policies
             self._change_settings()
 
+    def reserve(self, room: Mapping[str, int]) -> None:
+        """Make room in maps that grow, for so many entries each: all in one grace period."""
+
+        def grow(name: str) -> None:
+            self.growing[name].reserve(room[name])
+
+        with ThreadPoolExecutor(len(_GROWING)) as pool:
+            list(pool.map(grow, room))
+
     def outcomes(self) -> dict[str, int]:
         """Packets by what became of them, since the maps were made."""
         return outcomes(self.maps["counters"]) if "counters" in self.maps else {}

@@ -6,7 +6,9 @@ again; each frontend changes in one step. So every packet sees an old list or a 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from podwire.datapath import Requirement
@@ -131,7 +133,7 @@ class ServicesPart(TablePart[ServiceTable]):
     def _verify(self, table: ServiceTable) -> list[str]:
         repairs: list[str] = []
         write_settings(self._programs, table.settings)
-        for kind, wanted in self._spell(table.ports, table.settings).items():
+        for kind, wanted in self._spell(self._held(table.ports), table.settings).items():
             if wrong := self._programs.growing[kind].replace(wanted):
                 repairs.append(f"{wrong} entries of map {kind}")
         return repairs
@@ -299,14 +301,18 @@ class ServicesPart(TablePart[ServiceTable]):
             self._leases[name] = self._lease(port, before)
         self._addresses.change((), table.ports.values())
         self._rewrite(table.ports, table.settings, tables)
-        counted = set(self._programs.growing["frontends"].read())
-        for name, port in table.ports.items():
-            counted.update(hits.backend_keys(port, self._leases[name]))
-        self._hits.keep(counted)
+        self._hits.keep(partial(self._counted, table))
         for run in runs - {run for lease in self._leases.values() for run in lease.runs}:
             self._slots.give_back(run)
         for run in tables - {lease.maglev for lease in self._leases.values()}:
             self._tables.give_back(spelling.table_room(run))
+
+    def _counted(self, table: ServiceTable) -> set[bytes]:
+        """Keys of all that programs count connections of."""
+        counted = set(self._programs.growing["frontends"].read())
+        for name, port in table.ports.items():
+            counted.update(hits.backend_keys(port, self._leases[name]))
+        return counted
 
     def _recognise(self, port: ServicePort, facts: Sequence[Sequence[int]], slots: bytes) -> _Held:
         """What its frontends in the kernel say of `port`; lists that differ do not count.
@@ -342,19 +348,22 @@ class ServicesPart(TablePart[ServiceTable]):
 
         `tables` (default: all) are there already.
         """
-        held = [_Held(port, self._leases[name]) for name, port in ports.items()]
+        held = self._held(ports)
+        spelled = self._spell(held, settings)
+        room = {kind: len(wanted) for kind, wanted in spelled.items()}
+        self._programs.reserve({**room, "backends": self._slots.top, "tables": self._tables.top})
         self._write_slots(held, set())
         self._write_tables(
             held, {lease.maglev for lease in self._leases.values()} if tables is None else tables
         )
-        for kind, wanted in self._spell(ports, settings).items():
+        for kind, wanted in spelled.items():
             self._programs.growing[kind].replace(wanted)
 
-    def _spell(
-        self, ports: Mapping[ServicePortName, ServicePort], settings: Settings
-    ) -> dict[str, dict[bytes, bytes]]:
+    def _held(self, ports: Mapping[ServicePortName, ServicePort]) -> list[_Held]:
+        return [_Held(port, self._leases[name]) for name, port in ports.items()]
+
+    def _spell(self, held: Sequence[_Held], settings: Settings) -> dict[str, dict[bytes, bytes]]:
         """All entries of all maps but the slots."""
-        held = [_Held(port, self._leases[name]) for name, port in ports.items()]
         return {
             "members": self._entries("members", held, settings),
             "ranges": self._entries("ranges", held, settings),
@@ -386,10 +395,11 @@ class ServicesPart(TablePart[ServiceTable]):
             for run, backends in ((lease.cluster, port.cluster), (lease.local, port.local))
             if run.size and run not in kept
         }
-        numbers = (n for run in runs for n in range(run.first, run.first + run.size))
-        keys = b"".join(map(NUMBER.pack, numbers))
+        keys = array("I")
+        for first, size in runs:
+            keys.extend(range(first, first + size))
         growing.map.update_packed(
-            keys, b"".join(spelling.backends(*list, self._own) for list in runs.values())
+            keys.tobytes(), b"".join(spelling.backends(*list, self._own) for list in runs.values())
         )
 
     def _write_tables(self, ports: Iterable[_Held], kept: set[Run]) -> None:
