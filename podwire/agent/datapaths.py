@@ -69,8 +69,8 @@ class DataPath:
         if self.programs is not None:
             return EbpfNodesPart(self.programs, masquerade=self._options.masquerade)
         if self.name == "iptables":
-            return IptablesNodesPart(flavour=self._flavour)
-        return NftablesNodesPart()
+            return IptablesNodesPart(flavour=self._flavour, masquerade=self._options.masquerade)
+        return NftablesNodesPart(masquerade=self._options.masquerade)
 
     def services(self, config: ProxyConfig) -> Part[ServiceTable]:
         if self.programs is not None:

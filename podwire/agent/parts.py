@@ -163,18 +163,17 @@ def _add_nodes(built: Built, options: Options) -> None:
     if options.tunnel_protocol == "geneve" and not geneve.is_supported():
         raise Unsupported("--tunnel-protocol geneve: this kernel has no Geneve devices")
     programs = built.datapath.programs
+    if programs is not None and options.routing == "vxlan":
+        tunnels = OverlayPart(programs=programs)
+        built.syncs.append(Sync("overlay", (Node,), compiler.update, tunnels))
+    built.syncs.append(Sync("masquerade", (Node,), compiler.update, built.datapath.nodes()))
+    # the device comes last: who may send by it is known when it goes up
     routes = NodeRoutes(guard=programs.sync_links) if programs is not None else NodeRoutes()
     sync = Sync("routes", (Node,), compiler.update, routes)
     built.syncs.append(sync)
     built.watchers.append(
         lambda loop: Watcher("routes", routes.concerns, lambda: loop.verify(sync))
     )
-    if programs is not None and options.routing == "vxlan":
-        tunnels = OverlayPart(programs=programs)
-        built.syncs.append(Sync("overlay", (Node,), compiler.update, tunnels))
-    if options.masquerade or programs is not None:  # eBPF must know the other nodes in any case
-        part = built.datapath.nodes()
-        built.syncs.append(Sync("masquerade", (Node,), compiler.update, part))
     built.requirements += FORWARDING
 
 

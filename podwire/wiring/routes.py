@@ -192,7 +192,7 @@ class NodeRoutes:
             neighbour.delete(entry) for entry in permanent if entry.address not in addresses
         ]
 
-        if table.protocol == "vxlan":
+        if table.protocol == "vxlan" and len(table.underlay) == 4:  # it takes no others
             tunnels = {Forward(device, t.mac, t.remote) for t in table.fdb}
             macs = {tunnel.mac for tunnel in tunnels}
             forwards = set(neighbour.dump_forwards(self._sock, link=device))

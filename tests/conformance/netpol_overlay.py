@@ -9,39 +9,58 @@ from collections import defaultdict
 
 import msgspec
 
+from podwire.datapath import Part
+from podwire.datapath.ebpf.nodes import NodesPart as EbpfNodesPart
 from podwire.datapath.ebpf.overlay import OverlayPart
 from podwire.datapath.ebpf.policy import PolicyPart as EbpfPolicyPart
+from podwire.datapath.iptables.nodes import NodesPart as IptablesNodesPart
+from podwire.datapath.iptables.policy import PolicyPart as IptablesPolicyPart
+from podwire.datapath.nftables.nodes import NodesPart as NftablesNodesPart
 from podwire.kube.objects import Node
 from podwire.kube.store import Store
 from podwire.net import Prefix
-from podwire.nodes import RouteCompiler
+from podwire.nodes import RouteCompiler, RouteTable
+from podwire.policy import PolicyTable
 from podwire.wiring.routes import NodeRoutes
 from tests.conformance.netpol_fabric import pod_network
 from tests.conformance.netpol_world import World
 
 
 class Tunnels:
-    """One node's device and routes and, on eBPF, what the programs know of them."""
+    """One node's device and routes, and what its data path knows of the other nodes."""
 
-    def __init__(self, netns_fd: int, policy: object) -> None:
-        self._overlay: OverlayPart | None = None
+    def __init__(self, netns_fd: int, policy: Part[PolicyTable], *, masquerade: bool) -> None:
+        self.parts: list[Part[RouteTable]] = []
+        self.routes = NodeRoutes(netns_fd)
         if isinstance(policy, EbpfPolicyPart):
-            self._overlay = OverlayPart(policy._programs)
-            self._overlay.start()
-            self._routes = NodeRoutes(netns_fd, guard=policy._programs.sync_links)
+            programs = policy._programs
+            self.routes = NodeRoutes(netns_fd, guard=programs.sync_links)
+            self.parts += [OverlayPart(programs=programs)]
+            if masquerade:
+                self.parts += [EbpfNodesPart(programs)]
+        elif isinstance(policy, IptablesPolicyPart):
+            flavour = policy.status()["flavour"]
+            self.parts += [IptablesNodesPart(netns_fd, flavour, masquerade=masquerade)]
         else:
-            self._routes = NodeRoutes(netns_fd)
+            self.parts += [NftablesNodesPart(netns_fd, masquerade=masquerade)]
+        for part in self.parts:
+            part.start()
 
     def apply(self, compiler: RouteCompiler, nodes: Store) -> None:
         table = compiler.update(nodes.take())
-        self._routes.apply(table)
-        if self._overlay is not None:
-            self._overlay.apply(table)
-        problems = self._routes.status()["problems"]
+        for part in (*self.parts, self.routes):
+            part.apply(table)
+        problems = self.routes.status()["problems"]
         assert not problems, problems
 
+    def verify(self) -> list[str]:
+        return [repair for part in (*self.parts, self.routes) for repair in part.verify()]
+
     def close(self) -> None:
-        self._routes.close()
+        self.routes.close()
+        for part in self.parts:
+            if isinstance(part, NftablesNodesPart):
+                part.close()
 
 
 class NodeObjects:

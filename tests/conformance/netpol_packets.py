@@ -50,9 +50,11 @@ _PROXY = ProxyConfig()
 class Lab:
     """Namespaces, data paths and servers; kept from case to case, for building them takes long."""
 
-    def __init__(self, datapath: str, routing: str) -> None:
+    def __init__(self, datapath: str, routing: str, *, masquerade: bool = False) -> None:
+        """`masquerade`: with the overlay, pods leave the cluster with their node's address."""
         self.prober = Prober()
         self.overlay = routing == "vxlan"
+        self._masquerade = masquerade
         self.fabric = Fabric(self._leaving, overlay=self.overlay)
         self._tunnels: dict[int, Tunnels] = {}
         self._make = DATAPATHS[datapath]
@@ -78,7 +80,7 @@ class Lab:
         """The node's end of the overlay."""
         fd = self.fabric.nodes[node].fd
         if fd not in self._tunnels:
-            self._tunnels[fd] = Tunnels(fd, self.part(node))
+            self._tunnels[fd] = Tunnels(fd, self.part(node), masquerade=self._masquerade)
         return self._tunnels[fd]
 
     def services(self, node: str) -> Part[ServiceTable]:

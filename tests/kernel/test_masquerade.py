@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import select
+import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -138,6 +140,8 @@ def test_sets_follow_the_table(net: Net) -> None:
         "pods-ipv6": 1,
         "cluster-ipv4": 2,  # 0.0.0.0/2 covers all of 10.0.0.0/8
         "cluster-ipv6": 1,
+        "nodes-ipv4": 0,
+        "nodes-ipv6": 0,
     }
     assert udp_source(net.pod, net.world, WORLD) == POD
     net.part.apply(table(P("10.244.2.0/24"), P("255.255.255.0/24"), P("::/0")))
@@ -175,3 +179,43 @@ def test_cleanup(net: Net) -> None:
     net.part.cleanup()
     net.part.cleanup()
     assert netns.run(net.node, ["nft", "list", "ruleset"]).stdout == ""
+
+
+OVERLAY = {"tunnel_mac": b"\x0a\0\0\0\0\1", "node_addresses": frozenset({A(NODE), A(NODE6)})}
+
+
+@EVERY_PATH
+def test_the_overlays_guard_comes_and_goes_with_it(net: Net) -> None:
+    """What it does is seen in test_overlay_guard."""
+    plain = table(P("10.244.2.0/24"))
+    overlay = replace(plain, routing="vxlan", **OVERLAY)
+    for each in (plain, overlay, plain):
+        net.part.apply(each)
+        assert net.part.verify() == []
+        open = each is plain
+        assert is_heard(net.pod, net.node, "10.244.1.1", 8472) == open
+        assert is_heard(net.pod, net.node, "fd10:0:0:1::1", 8472) == open
+        assert is_heard(net.pod, net.node, "10.244.1.1", 8473)
+
+
+@EVERY_PATH
+def test_without_masquerade_everything_is_reached_with_the_pods_address(net: Net) -> None:
+    net.part._masquerade = False
+    net.part.apply(table())
+    with NetlinkSocket(netns_fd=net.world) as world:
+        eth0 = present(world, "eth0").index
+        world.run(route.add(route.via(P("10.244.1.0/24"), A(NODE), eth0)))
+    assert udp_source(net.pod, net.world, WORLD) == POD
+    assert net.part.verify() == []
+
+
+def is_heard(client: int, server: int, at: str, port: int) -> bool:
+    """Whether a datagram to that port arrives."""
+    family = socket.AF_INET6 if ":" in at else socket.AF_INET
+    with (
+        netns.socket(server, family, socket.SOCK_DGRAM) as receiver,
+        netns.socket(client, family, socket.SOCK_DGRAM) as sender,
+    ):
+        receiver.bind((at, port))
+        sender.sendto(b"x", (at, port))
+        return bool(select.select([receiver], [], [], 0.3)[0])
