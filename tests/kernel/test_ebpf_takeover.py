@@ -39,14 +39,17 @@ def on_node(world, body):
 
 
 def nftables(world):
-    table = make_table(ports())
-    part = NftablesServicesPart(table.settings.config, world.spaces["node"])
-    part.start()
-    part.apply(table)
-    return part
+    return netfilter(world, make_table(ports()), NftablesServicesPart)
 
 
-def ebpf(world):
+def netfilter(world, table, part):
+    made = part(table.settings.config, world.spaces["node"])
+    made.start()
+    made.apply(table)
+    return made
+
+
+def ebpf(world, table=None):
     """Maps filled, nothing attached, as the agent's parts leave it."""
     made = Programs(world.name, world.spaces["node"])
     made.enable("services", "pods", attach=False)
@@ -60,7 +63,7 @@ def ebpf(world):
     )
     services = ServicesPart(programs=made)
     services.start()
-    services.apply(make_table(ports()))
+    services.apply(table or make_table(ports()))
     return made
 
 
