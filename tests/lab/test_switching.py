@@ -224,7 +224,5 @@ def test_the_data_path_changes_under_traffic(lab: Lab, traffic: Traffic) -> None
         traffic.open(datapath)
     assert traffic.ask_the_kept_ones() == []
     traffic.end()
-    # one whose handshake is under way at that very moment may have to be tried again
-    assert traffic.wrong.count("timeout") <= len(order)
-    assert [each for each in traffic.wrong if each != "timeout"] == []
+    assert traffic.wrong == []
     assert traffic.asked > 40
