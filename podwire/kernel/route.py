@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from podwire.errors import KernelError
@@ -46,7 +47,7 @@ _TUNNEL_ID, _TUNNEL_DST, _TUNNEL_SRC, _TUNNEL_FLAGS = 1, 2, 3, 6
 _TUNNEL_CHECKSUM = 1  # TUNNEL_CSUM, in network order
 _BE16, _BE64 = struct.Struct(">H"), struct.Struct(">Q")
 
-TABLE_MAIN = 254
+TABLE_MAIN, TABLE_LOCAL = 254, 255
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 PROTOCOL_BOOT, PROTOCOL_STATIC = 3, 4
 
@@ -192,6 +193,26 @@ def dump(
             raise
         found += [parse(reply) for reply in bodies]
     return found
+
+
+def await_local(sock: NetlinkSocket, addresses: Iterable[Address], timeout_s: float = 1.0) -> bool:
+    """Wait until packets to these IPv6 addresses of the namespace's own come in; whether they do.
+
+    The kernel puts the route of an address into the local table from a work queue, also without
+    duplicate detection: on a busy machine some milliseconds after it has answered to the request.
+    Source: net/ipv6/addrconf.c, addrconf_dad_work.
+    """
+    missing = {each for each in addresses if len(each) == 16}
+    deadline, pause = time.monotonic() + timeout_s, 0.0002
+    while missing:
+        local = dump(sock, family=socket.AF_INET6, table=TABLE_LOCAL)
+        missing -= {each.prefix.address for each in local}
+        if missing and time.monotonic() > deadline:
+            return False
+        if missing:
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+    return True
 
 
 def resolve(

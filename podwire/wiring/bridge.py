@@ -259,6 +259,7 @@ class BridgeWiring(VethWiring):
             return attachment
         gateways = {a.gateway: router.mac for a in attachment.addresses if a.gateway}
         pod.run(*veth.set_up_pod(attachment, index, neighbours=gateways if options.gateway else {}))
+        veth.await_addresses(attachment, pod)
         return attachment
 
 

@@ -110,4 +110,5 @@ class PtpWiring(VethWiring):
                 flags=address.F_NOPREFIXROUTE,
             )
         )
+        veth.await_addresses(attachment, pod)
         return attachment

@@ -117,6 +117,7 @@ class RoutedWiring(VethWiring):
             )
             with NetlinkSocket(netns_fd=netns_fd) as pod:
                 pod.run(*_pod_requests(attachment, host_end.link))
+                veth.await_addresses(attachment, pod)
             with self._lock:
                 undo.callback(self._host.attempt, _state([attachment]).removals())
                 self._set_up_host(attachment)

@@ -108,6 +108,11 @@ def set_up_pod(
     return requests
 
 
+def await_addresses(attachment: Attachment, pod: NetlinkSocket) -> None:
+    """Returns when the pod's addresses take packets, or the kernel is slower than it may be."""
+    route.await_local(pod, (each.address for each in attachment.addresses))
+
+
 def make_pair(
     host: NetlinkSocket, attachment: Attachment, netns_fd: int, *, master: int = 0
 ) -> link.Link:

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 
 from podwire.datapath import Part
-from podwire.kernel import link, netlink, netns, sysctl
+from podwire.kernel import link, netlink, netns, route, sysctl
 from podwire.kernel.link import End
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.kernel.nftables import NfTables
@@ -199,6 +199,8 @@ class Net:
         if cluster.pod_cidr:
             self._configured.append(f"route add {cluster.pod_cidr} dev {POD_SIDE}")
         self._ip(*self._configured)
+        with NetlinkSocket(netns_fd=self.node) as sock:
+            assert route.await_local(sock, cluster.node.addresses, 10)
         self._size = 4 if family == "IPv4" else 16
         self._part = self._parts.make(cluster.config)
         self._empty = cluster.compiler.table

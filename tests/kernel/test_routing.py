@@ -11,11 +11,11 @@ import pytest
 from pyroute2 import NetNS
 
 from podwire.errors import KernelError
-from podwire.kernel import address, link, neighbour, route, rule, vxlan
+from podwire.kernel import address, link, neighbour, netns, route, rule, vxlan
 from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.link import End
 from podwire.kernel.netlink import NetlinkSocket
-from podwire.net import parse_address, parse_prefix
+from podwire.net import format_address, parse_address, parse_prefix
 from tests.conftest import present
 
 MAC = bytes.fromhex("0a5800000001")
@@ -88,6 +88,19 @@ def test_routes_read_back_equal(sock: NetlinkSocket, netns_fd: int, eth0: int) -
     sock.run(*map(route.delete, route.dump(sock, protocol=OURS)))
     assert route.dump(sock, protocol=OURS) == []
     assert route.dump(sock, table=route.TABLE_MAIN)  # the kernel's own are still there
+
+
+def test_ipv6_addresses_take_packets_once_they_are_awaited(
+    sock: NetlinkSocket, netns_fd: int
+) -> None:
+    for number in range(1, 200):
+        own = A(f"fd00::{number:x}")
+        sock.run(address.add(InterfaceAddress(1, own, 128)))
+        assert route.await_local(sock, [own, A("10.0.0.1")])
+        with netns.socket(netns_fd, socket.AF_INET6, socket.SOCK_DGRAM) as client:
+            client.connect((format_address(own), 9))
+            assert A(client.getsockname()[0]) == own  # it would go by lo
+    assert not route.await_local(sock, [A("fd00:1::")], 0.01)
 
 
 def test_resolve_and_multipath(sock: NetlinkSocket, netns_fd: int, eth0: int) -> None:
