@@ -5,28 +5,37 @@ Whose rules there are at all, also those of our own data paths in netfilter, is 
 While both are in the kernel either may translate a new connection, to the same backends.
 Connections that kube-proxy translated go on: conntrack keeps their addresses. What is removed is
 told by kube-proxy's fixed names (kubernetes pkg/proxy/nftables/proxier.go: tables ``kube-proxy``;
-pkg/proxy/iptables/proxier.go: chains ``KUBE-…``), so nothing of anybody else goes.
+pkg/proxy/iptables/proxier.go: chains ``KUBE-…``; pkg/proxy/ipvs/proxier.go: the link that makes
+all Services' addresses the node's own), so nothing of anybody else goes. Virtual servers of IPVS
+stay: without that link no packet comes to them.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 
 from podwire.agent.logs import event
 from podwire.datapath.nftables import nodes, policy_rules, services_rules
 from podwire.errors import KernelError
-from podwire.kernel import netns
+from podwire.kernel import link, netns
 from podwire.kernel.iptables import parse_save, targets
+from podwire.kernel.netlink import NetlinkSocket
 from podwire.kernel.nftables import INET, IP, IP6, NfTables
 
 log = logging.getLogger("podwire.agent.handover")
 
 TABLE = "kube-proxy"
+IPVS_LINK = "kube-ipvs0"
 OWN_TABLES = (services_rules.TABLE, policy_rules.TABLE, nodes.TABLE)
 _PREFIXES = ("KUBE-SERVICES", "PODWIRE-")
-# Chains that kubelet or a network plugin owns although they carry the prefix.
-_NOT_KUBE_PROXYS = ("KUBE-KUBELET-CANARY", "KUBE-ROUTER", "KUBE-POD-FW", "KUBE-NWPLCY")
+# Chains that kubelet (pkg/kubelet/kubelet_network_linux.go) or a network plugin owns although they
+# carry the prefix.
+_NOT_KUBE_PROXYS = (
+    "KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT", "KUBE-FIREWALL",
+    "KUBE-ROUTER", "KUBE-POD-FW", "KUBE-NWPLCY",
+)  # fmt: skip
 _TOOLS = ("iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft")
 
 
@@ -55,6 +64,10 @@ def remove_kube_proxy() -> list[str]:
     for tool in _TOOLS:
         if shutil.which(f"{tool}-save"):
             removed += _remove_chains(tool)
+    with NetlinkSocket() as netlink:
+        if link.find(netlink, IPVS_LINK):
+            netlink.run(link.delete(IPVS_LINK).tolerating(errno.ENODEV))
+            removed.append(f"link {IPVS_LINK}")
     for what in removed:
         event(log, logging.INFO, "removed what kube-proxy left", what=what)
     return removed

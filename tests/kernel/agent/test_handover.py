@@ -51,3 +51,13 @@ def test_only_kube_proxys_rules_go(netns_fd: int, tool: str) -> None:
     assert "table ip mine" in tables
     assert "table ip kube-proxy" not in tables
     assert netns.call(netns_fd, handover.remove_kube_proxy) == []
+
+
+def test_the_link_of_its_ipvs_goes(netns_fd: int) -> None:
+    for name in (handover.IPVS_LINK, "mine"):
+        made = netns.run(netns_fd, ["ip", "link", "add", name, "type", "bridge"])
+        assert made.returncode == 0, made.stderr
+    assert netns.call(netns_fd, handover.remove_kube_proxy) == ["link kube-ipvs0"]
+    links = netns.run(netns_fd, ["ip", "-br", "link"]).stdout
+    assert "mine" in links
+    assert handover.IPVS_LINK not in links
