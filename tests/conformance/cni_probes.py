@@ -39,7 +39,8 @@ def probe(run: Run, wanted: dict[str, Any]) -> Iterator[str]:
     if target is None:
         yield f"the runner does not know where {text!r} is"
     elif port is None:
-        done = source.shell(f"ping -c 1 -W 1 {target}")
+        within_s = 1 if wanted.get("exit", 0) else 5
+        done = source.shell(f"ping -c 1 -i 0.2 -w {within_s} {target}")
         yield from _compare(wanted, done.returncode == 0)
     else:
         server = names.get(str(wanted.get("to")), _owner(run, target))

@@ -196,7 +196,7 @@ def test_a_confirmed_pod_outlives_the_agent(world: World) -> None:
     second = world.finish(world.begin("ADD", 1))
     world.node.kill()
     to = json.loads(second[1])["ips"][0]["address"].split("/")[0]
-    ping = ["ping", "-c", "1", "-W", "2", to]
+    ping = ["ping", "-c1", "-i0.2", "-w5", to]
     assert netns.run(world.pods[0].fd, ping, timeout_s=10).returncode == 0
     world.node.start()
     assert world.finish(world.begin("ADD", 0)) == first

@@ -60,7 +60,8 @@ def nothing_waits(node: Node) -> None:
 
 
 def gateway_answers(pod: Namespace, within_s: int = 10) -> bool:
-    ping = ["ping", "-c1", f"-W{within_s}", "10.78.0.1"]
+    # With -w ping goes on until one is answered: a port that comes up may lose the first.
+    ping = ["ping", "-c1", "-i0.2", f"-w{within_s}", "10.78.0.1"]
     return netns.run(pod.fd, ping, timeout_s=2 * within_s).returncode == 0
 
 

@@ -60,14 +60,14 @@ def test_nodes_reach_each_other_and_the_world_but_no_pod_network(lab: LabDir) ->
         held.append(enter.make_node_namespaces(lab, node.name))
     try:
         for address in (*nodes[1].addresses, *topology.OUTSIDE, *topology.ROUTER):
-            assert run_on(held[0], f"ping -c1 -W2 {address}").returncode == 0, address
+            assert run_on(held[0], f"ping -c1 -i0.2 -w5 {address}").returncode == 0, address
         assert run_on(held[0], f"ping -c1 -W1 {nodes[1].pod_cidrs[0][:-4]}5").returncode != 0
         assert run_on(held[0], "hostname").stdout == "n1\n"
         assert run_on(held[0], "stat -f -c %T /sys/fs/bpf").stdout == "bpf_fs\n"
         new = topology.make_node("n2", 2, True, host=99)
         topology.readdress_node(lab, nodes[1], new, True)
-        assert run_on(held[0], f"ping -c1 -W2 {new.addresses[1]}").returncode == 0
-        assert run_on(held[1], f"ping -c1 -W2 {topology.OUTSIDE[0]}").returncode == 0
+        assert run_on(held[0], f"ping -c1 -i0.2 -w5 {new.addresses[1]}").returncode == 0
+        assert run_on(held[1], f"ping -c1 -i0.2 -w5 {topology.OUTSIDE[0]}").returncode == 0
         topology.remove_node(lab, new)
         assert run_on(held[0], f"ping -c1 -W1 {new.addresses[0]}").returncode != 0
     finally:
