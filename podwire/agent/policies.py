@@ -11,12 +11,13 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from podwire.agent import policy_api
+from podwire.agent import policy_api, policy_drops
 from podwire.agent.control import ControlServer, Query
 from podwire.agent.cutting import CuttingPart, open_and_denied
 from podwire.agent.feed import Feed
 from podwire.agent.logs import event
 from podwire.agent.options import Options
+from podwire.agent.policy_why import why
 from podwire.agent.refusals import Refusals
 from podwire.agent.sync import Sync
 from podwire.datapath import Part
@@ -55,7 +56,7 @@ class PolicyRoom:
         self._drops = Feed()
         self._refusals = refusals
         if refusals is not None and isinstance(path, EbpfPolicyPart):
-            refusals.name = lambda address: policy_api.name_of(self.table, address)
+            refusals.name = lambda address: str(self.table.host(address))
             refusals.explain = lambda seen: self._refused(path, seen)
 
     @property
@@ -74,7 +75,7 @@ class PolicyRoom:
         answer("/lint", policy_api.lint)
         answer("/matrix", policy_api.matrix)
         control.route("/v1/policy/diff", self._diff)
-        control.route("/v1/policy/why", lambda query: policy_api.why(store, self.table, query))
+        control.route("/v1/policy/why", lambda query: why(store, self.table, query))
         control.route(
             "/v1/policy/applied",
             lambda query: policy_api.applied(self.table, query, self._enforced()),
@@ -129,10 +130,10 @@ class PolicyRoom:
 
     def _heard(self, listener: Listener) -> None:
         for packet in listener.drain():
-            self._tell(policy_api.logged(self.table, packet, time.time()))
+            self._tell(policy_drops.logged(self.table, packet, time.time()))
 
     def _refused(self, path: EbpfPolicyPart, seen: Event) -> str:
-        drop = policy_api.refused(self.table, seen, path.ruling(seen.ruling))
+        drop = policy_drops.refused(self.table, seen, path.ruling(seen.ruling))
         self._tell(drop)
         return drop["reason"]
 

@@ -241,6 +241,12 @@ class Host(NamedTuple):
     namespace_labels: Labels = NO_LABELS
     ports: tuple[ContainerPort, ...] = ()
 
+    def __str__(self) -> str:
+        """``namespace/pod``, ``node:NAME`` or ``outside``."""
+        if self.kind == "pod":
+            return f"{self.namespace}/{self.name}"
+        return f"node:{self.name}" if self.kind == "node" else "outside"
+
 
 WORLD = Host()
 

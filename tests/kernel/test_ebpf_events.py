@@ -7,7 +7,7 @@ import time
 import msgspec
 import pytest
 
-from podwire.agent import policy_api
+from podwire.agent import policy_drops
 from podwire.datapath.ebpf.events import EVENTS_PER_SECOND, EventReader
 from podwire.datapath.ebpf.layout import Reason
 from podwire.datapath.ebpf.policy import PolicyPart
@@ -70,7 +70,7 @@ class Node1:
     def told(self):
         """The events that wait, as `podwire policy drops` has them."""
         return [
-            policy_api.refused(self.table, event, self.part.ruling(event.ruling))
+            policy_drops.refused(self.table, event, self.part.ruling(event.ruling))
             for event in self.reader.read()
         ]
 

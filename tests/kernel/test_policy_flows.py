@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from podwire.agent import policy_api
+from podwire.agent import policy_drops
 from podwire.agent.cutting import CuttingPart
 from podwire.datapath.nftables.policy import PolicyPart
 from podwire.datapath.nftables.policy_rules import LOG_GROUP
@@ -272,7 +272,7 @@ def test_drops_are_logged_and_counted_by_policy(play: Play) -> None:
         found = []
         for listener, node in zip(listeners, ("n1", "n2"), strict=True):
             wait_for(lambda listener=listener: readable_listener(listener, found))
-            found[-1] = policy_api.logged(play.tables[node], found[-1], 0)
+            found[-1] = policy_drops.logged(play.tables[node], found[-1], 0)
     finally:
         for listener in listeners:
             listener.close()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from podwire.agent import policy_api
+from podwire.agent import policy_api, policy_drops, policy_why
 from podwire.errors import InvalidObject
 from podwire.kernel.nflog import Logged, parse_packet
 from podwire.policy.lint import lint
@@ -25,7 +25,7 @@ FROM_B = {"from": [{"podSelector": {"matchLabels": {"app": "b"}}}], "ports": [{"
 def why(source: str, destination: str, port: int, **more: str):
     store = cluster(ingress(FROM_B))
     query = {"src": source, "dst": destination, "port": str(port), "family": "IPv4", **more}
-    return policy_api.why(store, compiled(store), query)
+    return policy_why.why(store, compiled(store), query)
 
 
 def test_why_names_the_rule_or_the_nearest_miss() -> None:
@@ -115,7 +115,7 @@ def test_lint() -> None:
 def test_a_logged_packet_is_named() -> None:
     table = compiled(cluster(ingress(FROM_B)))
     packet = Logged("podwire denied", p("10.0.2.1"), p("10.0.1.1"), 6, 40000, 80, None)
-    drop = policy_api.logged(table, packet, 0)
+    drop = policy_drops.logged(table, packet, 0)
     assert (drop["source_name"], drop["destination_name"]) == ("y/a", "x/a")
     assert drop["policies"] == ["NetworkPolicy x/p"]
     assert drop["direction"] == "ingress"
