@@ -203,6 +203,8 @@ def row_cells(row: dict[str, Any]) -> list[str]:
         cells.append(paint("dim", f"{row['timeout_s']} s"))
     if row["zone"]:
         cells.append(f"zone {row['zone']}")
+    if not row.get("tracked", True):
+        cells.append(paint("dim", "socket"))
     if row["bytes"]:
         cells.append(f"{row['bytes'][0]:,}/{row['bytes'][1]:,} bytes")
     return cells

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from podwire.conntrack import facts, rows, sizing, stale
@@ -15,7 +16,7 @@ from podwire.conntrack.attribution import Tally
 from podwire.conntrack.history import METHOD, History, Sample
 from podwire.conntrack.names import Names
 from podwire.conntrack.selection import parse
-from podwire.conntrack.source import Source
+from podwire.conntrack.source import SeesSockets, Source
 from podwire.errors import InvalidObject, PodwireError
 from podwire.kernel.ctnetlink import EventKind, Events, Table
 from podwire.kernel.ctnetlink.entries import Entry
@@ -108,7 +109,11 @@ class Inspector:
         selection, names = parse(query), self.names()
         limit = _number(query, "limit", MOST_ROWS)
         more = 0
-        for index, entry in enumerate(selection.entries(self.source, names)):
+        found = selection.entries(self.source, names)
+        if isinstance(self.source, SeesSockets):
+            untracked = self.source.untracked()
+            found = chain(found, (each for each in untracked if selection.fits(each, names)))
+        for index, entry in enumerate(found):
             if limit and index >= limit:
                 more += 1
             else:

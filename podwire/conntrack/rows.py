@@ -27,6 +27,7 @@ def entry_row(entry: Entry, names: Names) -> dict[str, Any]:
     return {
         "protocol": protocol_name(entry.original.protocol),
         "state": entry.state_name,
+        "tracked": Status.CONFIRMED in entry.status,  # otherwise found among pods' sockets
         "status": [bit.name for bit in Status if entry.status & bit],
         "kind": flow.kind.value,
         "service": f"{flow.service.namespace}/{flow.service.name}" if flow.service else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from podwire.kernel.ctnetlink import Entry, Filter, FlowKey, Usage
 from podwire.kernel.ctnetlink.filters import EVERYTHING
@@ -30,4 +30,13 @@ class Source(Protocol):
     def delete(self, filter_: Filter) -> None: ...
     def delete_entries(self, entries: Iterable[Entry]) -> int:
         """How many were still there."""
+        ...
+
+
+@runtime_checkable
+class SeesSockets(Protocol):
+    """A source whose data path needs no entries of some connections."""
+
+    def untracked(self) -> Iterator[Entry]:
+        """Those that are open, from the pods' sockets. For people who ask: dumps them all."""
         ...

@@ -6,6 +6,9 @@ import struct
 
 import pytest
 
+from podwire.conntrack.ebpf import EbpfSource
+from podwire.conntrack.inspector import Inspector
+from podwire.conntrack.names import Names
 from podwire.datapath.ebpf import pinned
 from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
@@ -197,3 +200,27 @@ def test_a_kernel_without_the_iterator_notes_all(monkeypatch):
         assert answers(client)
         client.close()
         world.programs.cleanup()
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_what_needs_no_entry_is_listed_from_the_sockets(world, family):
+    enforce(world)
+    inspector = Inspector(EbpfSource(world.programs), Names)
+    with connected(world, family) as client:
+        assert answers(client)
+        assert entries(world) == []
+        (row,) = inspector.ls({"protocol": "tcp"})
+        local = client.getsockname()
+        original = {"source": POD[2][family], "source_port": local[1], "source_name": None,
+                    "destination": POD[1][family], "destination_port": 80,
+                    "destination_name": None}  # fmt: skip
+        assert row["original"] == original
+        assert row["state"] == "ESTABLISHED"
+        assert row["status"] == ["SEEN_REPLY", "ASSURED"]
+        assert row["bytes"][0] == 11  # what was sent counts when it is acknowledged
+        assert not row["tracked"]
+        assert list(inspector.ls({"address": "10.9.9.9"})) == []
+        enforce(world, policy("closed", CLOSED_WEB))  # it has entries now
+        (row,) = inspector.ls({"protocol": "tcp"})
+        assert row["tracked"]
+        assert row["original"] == original
