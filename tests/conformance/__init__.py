@@ -13,6 +13,8 @@ from typing import Literal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OWN_CASES = Path(__file__).with_name("cases")
+MEANING_CASES = OWN_CASES / "meaning"
+"""Many small ones about what objects mean, asked of the evaluator alone."""
 SHARED_CASES = REPOSITORY.parent / "shared" / "conformance"
 
 

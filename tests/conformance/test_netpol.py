@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from podwire.datapath.ebpf.programs import missing
-from tests.conformance import OWN_CASES, SHARED_CASES
+from tests.conformance import MEANING_CASES, OWN_CASES, SHARED_CASES
 from tests.conformance.netpol import run
 
 FOLDERS = (OWN_CASES / "netpol", SHARED_CASES / "netpol")
@@ -49,3 +49,9 @@ def check(found, some: bool) -> None:
     # flow cases are prose (tests/kernel/test_policy_flows.py), demo cases need Cilium's kinds
     assert len(passed) > (0 if some else len(results) * 0.9)
     assert [(r.case, r.detail) for r in results if r.outcome == "failed"] == []
+
+
+def test_meaning() -> None:
+    results = list(run(MEANING_CASES / "netpol", "evaluator"))
+    assert results
+    assert [result for result in results if result.outcome != "passed"] == []
