@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from podwire.agent.carry import Carry
 from podwire.agent.logs import event
 from podwire.agent.options import Options
-from podwire.agent.pods import Gate
 from podwire.datapath.ebpf import pinned, takeover
 from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.layout import Phase
@@ -20,6 +20,9 @@ from podwire.kernel.bpf import features
 from podwire.kernel.ctnetlink import Entry, Table
 from podwire.net import Address
 from podwire.wiring import Attachment
+
+if TYPE_CHECKING:
+    from podwire.agent.pods import Gate
 
 log = logging.getLogger("podwire.agent.ebpf")
 

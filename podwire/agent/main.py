@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import time
@@ -170,7 +171,10 @@ class Agent:
             cni.observe = self._cni_called
         built.serve(self.control, self.store, self._loop)
         self._loop.wake()
+        gc.disable()
         await self._loop.step()
+        gc.freeze()  # what the first objects became stays: it need not be looked through
+        gc.enable()
         for prepare in built.preparing:
             await prepare()
         self._ready = True
