@@ -11,6 +11,7 @@ import fcntl
 import gc
 import logging
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,9 @@ def run(options: Options) -> int:
     """Run the agent to its end; the exit status. Raises ConfigError when another one runs."""
     # Objects and tables live long: without this, collector pauses double the time of a cold start.
     gc.set_threshold(100_000, 50, 100)
+    # Whoever comes back from the kernel waits so long for a thread that computes; programs are
+    # loaded in hundreds of calls.
+    sys.setswitchinterval(0.0005)
     lock = _lock(options.run_dir)
     try:
         config = kubeconfig.load(options.kubeconfig or None)

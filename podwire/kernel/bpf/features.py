@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from functools import cache
 from pathlib import Path
@@ -84,7 +85,17 @@ def has_inner_map_growth() -> bool:
 def has_kfunc(name: str) -> bool:
     """Whether the kernel's BTF names this function (it may still be for other program types)."""
     btf = Path("/sys/kernel/btf/vmlinux")
-    return btf.exists() and f"\0{name}\0".encode() in btf.read_bytes()
+    return btf.exists() and f"\0{name}\0".encode() in _read_whole(btf)
+
+
+def _read_whole(path: Path) -> bytes:
+    """As `read_bytes`, without a call for every page, which is all that one read of sysfs gives."""
+    with open(path, "rb") as file, open(os.memfd_create(path.name), "rb") as copy:
+        size, done = os.fstat(file.fileno()).st_size, 0
+        while done < size:
+            done += os.sendfile(copy.fileno(), file.fileno(), done, size - done)
+        copy.seek(0)
+        return copy.read()
 
 
 @cache
