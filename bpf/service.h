@@ -210,6 +210,17 @@ static __always_inline __u32 prefix_flags(const struct address *address)
 	return flags ? *flags : 0;
 }
 
+/* `pod_link`: it came by an interface that stands for pods. */
+static __always_inline enum origin origin_of(const struct address *source, bool pod_link)
+{
+	const struct settings *current = current_settings();
+
+	if (current && (current->detect_local == DETECT_CIDR ? prefix_flags(source) & PREFIX_LOCAL_PODS :
+				current->detect_local == DETECT_INTERFACE && pod_link))
+		return ORIGIN_POD;
+	return is_loopback(source) || address_flags(source) & ADDRESS_NODE ? ORIGIN_NODE : ORIGIN_OUTSIDE;
+}
+
 static __always_inline void set_any(struct address *address)
 {
 	if (is_ipv4(address))

@@ -52,10 +52,8 @@ static __always_inline void read_remote(const struct bpf_sock_addr *ctx, bool ip
 	if (ipv4) {
 		set_ipv4(&r->address, ctx->user_ip4);
 	} else {
-		r->address.words[0] = ctx->user_ip6[0];
-		r->address.words[1] = ctx->user_ip6[1];
-		r->address.words[2] = ctx->user_ip6[2];
-		r->address.words[3] = ctx->user_ip6[3];
+		r->address.halves[0] = *(__u64 *)&ctx->user_ip6[0];
+		r->address.halves[1] = *(__u64 *)&ctx->user_ip6[2];
 	}
 	r->port = ctx->user_port;
 }
@@ -65,10 +63,8 @@ static __always_inline void write_remote(struct bpf_sock_addr *ctx, bool ipv4, c
 	if (ipv4) {
 		ctx->user_ip4 = r->address.words[3];
 	} else {
-		ctx->user_ip6[0] = r->address.words[0];
-		ctx->user_ip6[1] = r->address.words[1];
-		ctx->user_ip6[2] = r->address.words[2];
-		ctx->user_ip6[3] = r->address.words[3];
+		*(__u64 *)&ctx->user_ip6[0] = r->address.halves[0];
+		*(__u64 *)&ctx->user_ip6[2] = r->address.halves[1];
 	}
 	ctx->user_port = r->port;
 }

@@ -41,25 +41,12 @@ struct {
 	__type(value, struct work);
 } scratch SEC(".maps");
 
-static __always_inline bool is_behind_pods(struct __sk_buff *ctx, enum place place)
-{
-	struct interface *interface = find_interface(ctx->ifindex);
-
-	return place != PLACE_NODE && interface && interface->flags & INTERFACE_POD;
-}
-
 static __always_inline enum origin find_origin(struct __sk_buff *ctx, const struct address *source,
 					       enum place place)
 {
-	const struct settings *current = current_settings();
+	struct interface *interface = find_interface(ctx->ifindex);
 
-	if (current && current->detect_local == DETECT_CIDR && prefix_flags(source) & PREFIX_LOCAL_PODS)
-		return ORIGIN_POD;
-	if (current && current->detect_local == DETECT_INTERFACE && is_behind_pods(ctx, place))
-		return ORIGIN_POD;
-	if (is_loopback(source) || address_flags(source) & ADDRESS_NODE)
-		return ORIGIN_NODE;
-	return ORIGIN_OUTSIDE;
+	return origin_of(source, place != PLACE_NODE && interface && interface->flags & INTERFACE_POD);
 }
 
 /* Send the packet on: to a pod of this node, by our own look-up, or up the stack.

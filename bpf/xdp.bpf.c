@@ -79,15 +79,6 @@ static __always_inline int bounce(struct xdp_md *ctx, struct xdp_work *w,
 	return XDP_TX;
 }
 
-static __always_inline enum origin xdp_origin(const struct address *source)
-{
-	const struct settings *current = current_settings();
-
-	if (current && current->detect_local == DETECT_CIDR && prefix_flags(source) & PREFIX_LOCAL_PODS)
-		return ORIGIN_POD;
-	return address_flags(source) & ADDRESS_NODE ? ORIGIN_NODE : ORIGIN_OUTSIDE;
-}
-
 /* The first packet of a connection: only what is masqueraded and goes on to another node. */
 __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 {
@@ -101,7 +92,7 @@ __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 		return XDP_PASS;
 	p = &w->packet;
 	if (find_service(&p->flow, &frontend, &reason) != VERDICT_TRANSLATE || !frontend ||
-	    choose(&p->flow, frontend, xdp_origin(&p->flow.source), &p->flow.source, &w->choice) !=
+	    choose(&p->flow, frontend, origin_of(&p->flow.source, false), &p->flow.source, &w->choice) !=
 		    VERDICT_TRANSLATE ||
 	    !w->choice.masquerade)
 		return XDP_PASS;
