@@ -57,7 +57,9 @@ def _serve(listeners: list[socket.socket], pipe: Connection, token: str) -> None
 class Cluster(AbstractContextManager["Cluster"]):
     """`netns_fd` is the node's namespace; `folder` holds the kubeconfig and the agent's files."""
 
-    def __init__(self) -> None:
+    def __init__(self, node: str = NODE) -> None:
+        """`node` names the pins of eBPF, which all namespaces of the machine see."""
+        self.node = node
         self.folder = Path(tempfile.mkdtemp(prefix="podwire-bench-"))
         self.netns_fd = netns.create()
         self._agents: list[subprocess.Popen[bytes]] = []
@@ -80,7 +82,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         outside.close()
         self.kubeconfig = self.folder / "kubeconfig"
         self.kubeconfig.write_text(self._pipe.recv())
-        self.load(_node)
+        self.load(_node, node)
 
     def load(self, generator: Generator, *arguments: Any) -> None:
         """Put what ``generator(*arguments)`` yields into the API."""
@@ -91,7 +93,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         """Start an agent in the namespace; logs go to the terminal when they are warnings."""
         run, state = self.folder / "run", self.folder / "state"
         command = [
-            sys.executable, "-m", "podwire", "agent", "--node-name", NODE,
+            sys.executable, "-m", "podwire", "agent", "--node-name", self.node,
             "--kubeconfig", str(self.kubeconfig), "--run-dir", str(run), "--state-dir", str(state),
             "--cni-conf-dir", str(self.folder / "cni"), "--cluster-cidr", "10.244.0.0/16",
             "--log-level", "warning", *flags,
@@ -122,7 +124,10 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def cleanup(self) -> None:
         """Take what agents left out of the kernel."""
-        command = [sys.executable, "-m", "podwire", "agent", "--cleanup", "--node-name", NODE]
+        command = [
+            sys.executable, "-m", "podwire", "agent", "--cleanup", "--node-name", self.node,
+            "--state-dir", str(self.folder / "state"),
+        ]  # fmt: skip
         netns.run(self.netns_fd, command, timeout_s=120)
 
     def __exit__(self, *exc: object) -> None:
@@ -137,11 +142,11 @@ class Cluster(AbstractContextManager["Cluster"]):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _node() -> Iterable[Json]:
+def _node(name: str) -> Iterable[Json]:
     yield {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": NODE},
+        "metadata": {"name": name},
         "spec": {"podCIDR": "10.244.0.0/22", "podCIDRs": ["10.244.0.0/22"]},
         "status": {"addresses": [{"type": "InternalIP", "address": NODE_IP}]},
     }

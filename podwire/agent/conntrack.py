@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -18,13 +18,14 @@ from podwire.agent.conntrack_metrics import ConntrackCollector
 from podwire.agent.control import ControlServer, Query
 from podwire.agent.logs import event
 from podwire.agent.options import ConntrackOptions, Options
+from podwire.agent.sysctls import Sysctls
 from podwire.conntrack import facts, names, sizing
 from podwire.conntrack.attribution import Tally
 from podwire.conntrack.inspector import PRESSURE, Inspector
 from podwire.conntrack.names import Names
 from podwire.conntrack.source import Source
 from podwire.errors import ApiError, KernelError, PodwireError
-from podwire.kernel import address, sysctl
+from podwire.kernel import address
 from podwire.kernel.ctnetlink import Table
 from podwire.kube.client import STRATEGIC_PATCH, Client
 from podwire.kube.objects import Node
@@ -70,7 +71,8 @@ class ConntrackRoom:
 
     async def prepare(self) -> None:
         """Set what kube-proxy's configuration asks for; what cannot be is told in the status."""
-        self._refusals = apply_options(self._options.conntrack)
+        sysctls = Sysctls(self._options.state_dir)
+        self._refusals = apply_options(self._options.conntrack, sysctls)
         for refusal in self._refusals:
             event(log, logging.WARNING, refusal)
 
@@ -217,7 +219,9 @@ def node_condition(pressure: bool, used: int, limit: int, now_s: float) -> dict[
     }
 
 
-def apply_options(options: ConntrackOptions, cores: int | None = None) -> list[str]:
+def apply_options(
+    options: ConntrackOptions, sysctls: Sysctls, cores: int | None = None
+) -> list[str]:
     """Set the sysctls as kube-proxy does; what could not be set, and why.
 
     Source: kubernetes cmd/kube-proxy/app/conntrack.go, server_linux.go.
@@ -242,16 +246,10 @@ def apply_options(options: ConntrackOptions, cores: int | None = None) -> list[s
         buckets = facts.settings().buckets
         if buckets < limit // 4:
             wanted["buckets"] = limit // 4
-    refusals += _set({name: value for name, value in wanted.items() if value is not None})
-    return refusals
-
-
-def _set(wanted: Mapping[str, int]) -> list[str]:
-    refusals: list[str] = []
     for name, value in wanted.items():
         try:
-            if sysctl.read(_PREFIX + name) != str(value):
-                sysctl.write({_PREFIX + name: value})
+            if value is not None:
+                sysctls.set(_PREFIX + name, str(value))
         except KernelError as error:
             refusals.append(str(error))
     return refusals

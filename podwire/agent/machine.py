@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from podwire.agent.logs import event
+from podwire.agent.sysctls import Sysctls
 from podwire.datapath import Requirement
 from podwire.errors import KernelError, Unsupported
 from podwire.kernel import sysctl
@@ -22,7 +23,8 @@ log = logging.getLogger("podwire.agent.machine")
 class Machine:
     """The requirements of all parts that run, in the agent's own network namespace."""
 
-    def __init__(self, requirements: Iterable[Requirement]) -> None:
+    def __init__(self, requirements: Iterable[Requirement], sysctls: Sysctls | None = None) -> None:
+        self._sysctls = sysctls or Sysctls()
         self._requirements = {r.sysctl: r for r in requirements if not _moot(r)}
         self.restored: dict[str, int] = {}  # sysctl → how often somebody changed it
 
@@ -66,7 +68,7 @@ class Machine:
         if value is None and requirement.module:
             _load_module(requirement.module)
         try:
-            sysctl.write({requirement.sysctl: requirement.value})
+            self._sysctls.set(requirement.sysctl, requirement.value)
         except KernelError as error:
             raise Unsupported(
                 f"{requirement.sysctl} must be {requirement.value} ({requirement.why}): {error}"

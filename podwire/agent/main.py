@@ -33,6 +33,7 @@ from podwire.agent.options import Options
 from podwire.agent.pods import Pods
 from podwire.agent.sync import Sync
 from podwire.agent.sync_metrics import SyncCollector
+from podwire.agent.sysctls import Sysctls
 from podwire.agent.watch import KernelWatch, Watcher
 from podwire.errors import ApiError, PodwireError
 from podwire.kernel.address import RTM_DELADDR
@@ -153,7 +154,7 @@ class Agent:
         built = parts.build(self.options, node, datapath)
         self._syncs = built.syncs
         self._more_reasons = built.reasons
-        self._machine = Machine(built.requirements)
+        self._machine = Machine(built.requirements, Sysctls(self.options.state_dir))
         self._machine.require()
         for sync in self._syncs:
             if sync.path is not None:

@@ -27,6 +27,7 @@ from podwire.agent.policies import PolicyRoom
 from podwire.agent.reaping import ReapingPart
 from podwire.agent.refusals import Refusals
 from podwire.agent.sync import Sync
+from podwire.agent.sysctls import Sysctls
 from podwire.agent.watch import Watcher
 from podwire.cni.plan import NodeConfig
 from podwire.conntrack.ebpf import EbpfSource
@@ -346,3 +347,4 @@ def all_paths(options: Options) -> Iterator[tuple[str, Removable]]:
     yield "spoof guard, routed", RoutedSpoofGuard()
     yield "host ports", HostPortRules()
     yield "ipMasq", MasqueradeRules()
+    yield "sysctls", Sysctls(options.state_dir)

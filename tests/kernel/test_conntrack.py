@@ -25,6 +25,7 @@ from podwire.agent.conntrack import apply_options
 from podwire.agent.conntrack_metrics import ConntrackCollector
 from podwire.agent.options import ConntrackOptions
 from podwire.agent.reaping import ReapingPart
+from podwire.agent.sysctls import Sysctls
 from podwire.conntrack import facts, stale
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.conntrack.inspector import Inspector
@@ -284,7 +285,7 @@ def test_kube_proxys_settings(netns_fd: int) -> None:
         udp_timeout_s=250,
         tcp_be_liberal=True,
     )
-    refusals = netns.call(netns_fd, lambda: apply_options(options, cores=64))
+    refusals = netns.call(netns_fd, lambda: apply_options(options, Sysctls(), cores=64))
     (refusal,) = refusals
     assert refusal.startswith("nf_conntrack_max stays ")
     assert "not 1048576" in refusal
@@ -296,7 +297,7 @@ def test_kube_proxys_settings(netns_fd: int) -> None:
         here.timeouts["udp_timeout"],
         here.timeouts["udp_timeout_stream"],
     ) == (86400, 3600, 250, 120)
-    assert netns.call(netns_fd, lambda: apply_options(ConntrackOptions())) == []
+    assert netns.call(netns_fd, lambda: apply_options(ConntrackOptions(), Sysctls())) == []
 
 
 @pytest.mark.skipif(bool(missing()), reason=f"lacks {', '.join(missing())}")
