@@ -87,13 +87,18 @@ class Dialogue:
 
     def __init__(self, wire, name, client, target, servers):
         self.name, self.target = name, target
-        self._wire, self._servers = wire, servers
-        self._space, self._client = client
+        self._wire, self._addresses = wire, servers
+        self._space, self.client = client
         self._sequence = next(self._numbers)
         self._answers = self._sequence + 5_000
-        self.server = self._peer = None
+        self._server = self._peer = None
         self.stages = [self.open, self.accept, self.confirm, self.answer]
         self.wrong = ""
+
+    @property
+    def ends(self):
+        """As they look to the server."""
+        return self._server, self._peer
 
     def advance(self, when):
         """Send the next packet of the handshake."""
@@ -114,11 +119,11 @@ class Dialogue:
         self._from_client("closed", ACK)
 
     def open(self, when):
-        found = self._send(self._space, self._client, self.target, SYN, self._sequence, 0)
-        if found is None or found.space not in self._servers or found.destination_port != 80:
+        found = self._send(self._space, self.client, self.target, SYN, self._sequence, 0)
+        if found is None or found.space not in self._addresses or found.destination_port != 80:
             self._fail("SYN", when, found)
             return
-        self.server = found.space
+        self._server = found.space
         self._peer = found.source, found.source_port
         self._sequence += 1
 
@@ -139,16 +144,16 @@ class Dialogue:
 
     def _from_client(self, when, flags):
         if not self.wrong:
-            ends = self._client, self.target
+            ends = self.client, self.target
             found = self._send(self._space, *ends, flags, self._sequence, self._answers)
-            if found is None or (found.space, *found[1:3]) != (self.server, *self._peer):
+            if found is None or (found.space, *found[1:3]) != (self._server, *self._peer):
                 self._fail(f"client's {flags:#x}", when, found)
 
     def _from_server(self, when, flags):
         if not self.wrong:
-            ends = (self._servers[self.server], 80), self._peer
-            found = self._send(self.server, *ends, flags, self._answers, self._sequence)
-            wanted = (self._space, *self.target, self._client[1])
+            ends = (self._addresses[self._server], 80), self._peer
+            found = self._send(self._server, *ends, flags, self._answers, self._sequence)
+            wanted = (self._space, *self.target, self.client[1])
             if found is None or found[:4] != wanted:
                 self._fail(f"server's {flags:#x}", when, found)
 
@@ -156,4 +161,4 @@ class Dialogue:
         return self._wire.send(space, source, destination, flags, sequence, acknowledged)
 
     def _fail(self, what, when, found):
-        self.wrong = f"{self.name} from {self._client[1]}: {what} at {when} became {found}"
+        self.wrong = f"{self.name} from {self.client[1]}: {what} at {when} became {found}"
