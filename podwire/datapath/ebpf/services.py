@@ -295,7 +295,7 @@ class ServicesPart(TablePart[ServiceTable]):
         for name, port in table.ports.items():
             before = None
             if known:
-                keys = (key for key, _ in spelling.frontends(port, Lease(0), table.settings))
+                keys = (spelling.frontend_key(port, each) for each in port.frontends)
                 facts = [known[key] for key in keys if key in known]
                 before = self._recognise(port, facts, slots) if facts else None
             self._leases[name] = self._lease(port, before)

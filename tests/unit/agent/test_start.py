@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +35,15 @@ def test_a_second_agent_starts_nothing(options):
             start.run(options)
     finally:
         os.close(held)
+
+
+def test_what_a_data_path_does_not_need_is_imported_while_it_starts():
+    """Half a second of modules, while the kernel verifies programs."""
+    script = "import sys, podwire.cli.agent, podwire.agent.start; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    imported = set(done.stdout.split())
+    assert "podwire.datapath.ebpf.programs" in imported
+    late = {"aiohttp", "prometheus_client", "sqlite3", "podwire.agent.main", "podwire.kube.client"}
+    assert not late & imported
