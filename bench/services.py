@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from podwire.kube.objects import EndpointSlice, Json, Service
 SIZES = "1000x2,10000x2,30000x2,44125x1,5006x50"
 BACKEND = "10.244.0.1"
 PORTS = (8081, 8082)
+COLD_STARTS = 3
 CHANGES = 40
 FIRST_IP = int(ip_address("10.97.0.0"))
 # cold start (s), one Service added (s), resident (MiB), where published
@@ -192,16 +194,24 @@ def measure(size: str, datapath: str, report: Report) -> list[float]:
             process.terminate()
             process.wait(30)
             netns.run(world.netns_fd, ["nft", "flush", "ruleset"], timeout_s=300)
-        began = time.perf_counter()
-        agent = world.agent("--only=services", f"--datapath={datapath}")
-        wait_answer(world.netns_fd, last, PORTS[0], 120)
-        cold = time.perf_counter() - began
-        world.wait_healthy()
+        flags = ("--only=services", f"--datapath={datapath}")
+        cold: list[float] = []
+        while True:
+            began = time.perf_counter()
+            agent = world.agent(*flags)
+            wait_answer(world.netns_fd, last, PORTS[0], 120)
+            cold.append(time.perf_counter() - began)
+            world.wait_healthy()
+            if len(cold) == COLD_STARTS:
+                break
+            world.stop(agent)
+            world.cleanup()
+            shutil.rmtree(world.folder / "state")  # the last known objects
         added, moved = asyncio.run(one_by_one(world, services))
         memory = resident_mib(agent.pid) + maps_mib(agent.pid)
         world.stop(agent)
         began = time.perf_counter()
-        agent = world.agent("--only=services", f"--datapath={datapath}")
+        agent = world.agent(*flags)
         world.wait_healthy()
         restart = time.perf_counter() - began
         world.stop(agent)
@@ -210,7 +220,7 @@ def measure(size: str, datapath: str, report: Report) -> list[float]:
     note = "" if binary else " (peer: published)"
     goals = GOALS.get(datapath, {})
     peer_cold = peer.get("cold") or _published(published[0])
-    report.row(f"{label} cold start{note if published[0] else ''}", [cold], "s",
+    report.row(f"{label} cold start{note if published[0] else ''}", cold, "s",
                peer=peer_cold, at_most=goals.get(size))  # fmt: skip
     report.row(f"{label} one Service added{note if published[1] else ''}", added, "ms",
                peer=_published(published[1], 1000),
