@@ -25,6 +25,7 @@ enum connection_state { /* what this direction has sent */
 	STATE_DATA = 2, /* anything beyond the handshake's first packet; without one: beyond one second */
 	STATE_FIN = 4, /* SCTP: SHUTDOWN or its ACK */
 	STATE_RST = 8, /* SCTP: ABORT, SHUTDOWN COMPLETE */
+	STATE_AGAIN = 16, /* last of all what opens a connection, though this one was open */
 };
 
 struct connection {
@@ -138,8 +139,11 @@ static __always_inline __u8 packet_state(const struct packet *p)
  * has not sent it: it was forged, and the other end did not believe it either (RFC 5961). */
 static __always_inline void touch(struct connection *connection, const struct packet *p)
 {
-	__u8 state = (connection->state & ~STATE_RST) | packet_state(p);
+	__u8 state = (connection->state & ~(STATE_RST | STATE_AGAIN)) | packet_state(p);
 	__u32 now = now_seconds();
+
+	if (is_opening(p) && state & STATE_DATA)
+		state |= STATE_AGAIN;
 
 	if (!is_stream(p->flow.protocol) && connection->seen_s != now)
 		state |= STATE_DATA;
@@ -172,12 +176,14 @@ static __always_inline __u8 opposite_state(const struct flow *key, const struct 
 	return pair ? pair->state : STATE_RST; /* half a connection is none */
 }
 
-/* A SYN on a connection that either end has closed: the client uses its port again, for a new one. */
+/* A SYN on a connection that either end has closed: the client uses its port again, for a new one. Or he
+ * repeats one on a connection that seemed open: its backend is silent, and may have left the Service. */
 static __always_inline bool is_reopened(const struct connection *connection, const struct packet *p)
 {
 	if (!is_opening(p))
 		return false;
-	return is_closed(connection) || opposite_state(&p->flow, connection) & (STATE_FIN | STATE_RST);
+	return is_closed(connection) || opposite_state(&p->flow, connection) & (STATE_FIN | STATE_RST) ||
+	       (connection->state & STATE_AGAIN && connection->seen_s != now_seconds());
 }
 
 /* Whether neither end sends any more; one that has only closed its own direction may still. */

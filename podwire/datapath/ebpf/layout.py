@@ -140,6 +140,7 @@ class ConnectionState(IntFlag):
     DATA = 2
     FIN = 4
     RST = 8
+    AGAIN = 16
 
 
 BACKEND_THIS_NODE = 1
