@@ -126,17 +126,41 @@ static __always_inline int make_icmp(struct __sk_buff *ctx, const struct packet 
 	return store_bytes(ctx, p->transport, &r->icmp, ICMP_HEAD);
 }
 
-/* Turn the packet into its refusal and send it back. `egress`: it came from this node's own stack.
- * One with IP options or extensions is dropped: what it quotes would not fit. */
-static __always_inline int refuse(struct __sk_buff *ctx, const struct packet *p, struct refusal *r,
-				  bool egress)
+/* Take IP options and extensions off: neither a refusal nor what it quotes has any. Not 0: it cannot be
+ * done. */
+static __always_inline int strip(struct __sk_buff *ctx, struct packet *p)
+{
+	__u32 plain = p->ipv4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
+	int more = p->transport - p->network - plain;
+	struct ipv6hdr v6;
+	struct iphdr v4;
+
+	if (!more)
+		return 0;
+	if ((p->ipv4 ? load(ctx, p->network, &v4) : load(ctx, p->network, &v6)) ||
+	    bpf_skb_adjust_room(ctx, -more, BPF_ADJ_ROOM_NET, 0))
+		return -1;
+	p->transport -= more;
+	if (!p->ipv4) {
+		v6.nexthdr = p->flow.protocol;
+		v6.payload_len = bpf_htons(p->length);
+		return store_bytes(ctx, p->network, &v6, sizeof(v6));
+	}
+	v4.ihl = 5;
+	v4.tot_len = bpf_htons(sizeof(v4) + p->length);
+	v4.check = 0;
+	v4.check = ~fold(bpf_csum_diff(NULL, 0, (__be32 *)&v4, sizeof(v4), 0));
+	return store_bytes(ctx, p->network, &v4, sizeof(v4));
+}
+
+/* Turn the packet into its refusal and send it back. `egress`: it came from this node's own stack. */
+static __always_inline int refuse(struct __sk_buff *ctx, struct packet *p, struct refusal *r, bool egress)
 {
 	struct ethernet ethernet;
 	int error;
 
 	report(REASON_REJECTED, ctx->ifindex, &p->flow);
-	if (p->transport != p->network + (p->ipv4 ? sizeof(r->ipv4) : sizeof(r->ipv6)) ||
-	    load(ctx, 0, &ethernet))
+	if (load(ctx, 0, &ethernet) || strip(ctx, p))
 		return TCX_DROP;
 	__builtin_memset(r, 0, sizeof(*r));
 	error = p->flow.protocol == IPPROTO_TCP ? make_reset(ctx, p, r) : make_icmp(ctx, p, r);

@@ -10,7 +10,7 @@ from podwire.datapath.ebpf.programs import OBJECTS, Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
 from podwire.kernel.bpf import features
-from podwire.net import Protocol
+from podwire.net import Protocol, parse_address
 from tests.conformance import service_packets as packets
 from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, REMOTE, UPLINK_MAC, World
 from tests.kernel.test_ebpf_services import VIP, make_port, make_table
@@ -192,6 +192,45 @@ def test_a_refusal_is_a_sound_packet(world, family, protocol):
     assert (wire.source, wire.destination) == (VIP[family], POD[1][family])
     assert wire.is_error
     assert_sound(out)
+
+
+def with_head(packet, size):
+    """The packet with that many bytes of IP options (no-operations) or extensions."""
+    if packet[0] >> 4 == 6:
+        padding = bytes([1, size - 4]) + bytes(size - 4)
+        more = struct.pack(">BB", packet[6], size // 8 - 1) + padding
+        length = struct.pack(">H", len(packet) - 40 + size)
+        return packet[:4] + length + bytes([60]) + packet[7:40] + more + packet[40:]
+    head = bytes([0x45 + size // 4, 0]) + struct.pack(">H", len(packet) + size)
+    head += packet[4:10] + bytes(2) + packet[12:20] + bytes([1]) * size
+    check = struct.pack(">H", ones_complement(head) ^ 0xFFFF)
+    return head[:10] + check + head[12:] + packet[20:]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.UDP])
+@pytest.mark.parametrize("size", [8, 40])
+def test_what_bears_ip_options_is_served_and_refused_as_any_other(world, family, protocol, size):
+    both = {"family": family, "protocol": protocol}
+    world.part.apply(make_table([make_port("web", 80, [POD[2][family]], **both)]))
+    plain = packets.first(POD[1][family], VIP[family], protocol, (5000, 80), 3)
+    verdict, out = run(world, with_head(plain, size))
+    destination = out[16:20] if family == 4 else out[24:40]
+    assert (verdict, destination) == (NEXT, parse_address(POD[2][family]))
+    assert out[-len(plain) + (20 if family == 4 else 40) :][:4] == struct.pack(">HH", 5000, 80)
+
+    world.part.apply(make_table([make_port("web", 80, [], **both)]))
+    plain = packets.first(POD[1][family], VIP[family], protocol, (5001, 80), 3)
+    verdict, out = run(world, with_head(plain, size))
+    assert verdict == REDIRECT
+    wire = packets.parse(out)
+    assert (wire.source, wire.destination) == (VIP[family], POD[1][family])
+    assert wire.is_error
+    assert_sound(out)
+    if protocol is Protocol.UDP:
+        quoted = packets.parse(out).quoted
+        assert (quoted.source, quoted.source_port) == (POD[1][family], 5001)
+        assert (quoted.destination, quoted.destination_port) == (VIP[family], 80)
 
 
 def test_masquerading_gives_every_client_its_own_port_and_says_when_there_are_no_more(world):

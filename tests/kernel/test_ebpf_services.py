@@ -296,3 +296,22 @@ def test_every_frontend_counts_its_connections_also_over_a_restart(world):
     programs.close()
     world.part._start_over()
     world.apply(make_table([]))
+
+
+@pytest.mark.parametrize("protocol", list(KINDS))
+def test_ip_options_make_no_difference(world, protocol):
+    """From real senders, who leave the checksum to the card."""
+    world.apply(make_table(make_ports(4, protocol)))
+    for space in ("outside", "pod1"):
+        assert ask_with_options(world, space, 30080, KINDS[protocol])
+        with pytest.raises(ConnectionRefusedError):
+            ask_with_options(world, space, 30082, KINDS[protocol])
+
+
+def ask_with_options(world, space, port, kind):
+    with netns.socket(world.spaces[space], socket.AF_INET, kind) as client:
+        client.settimeout(3)
+        client.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"\1" * 12)
+        client.connect((NODE[4], port))
+        client.send(b"who")
+        return client.recv(100)
