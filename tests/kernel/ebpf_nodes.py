@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 import uuid
 
 from podwire.datapath.ebpf.balancing import Balancing
@@ -34,6 +35,7 @@ VIP = {4: "192.0.2.7", 6: "fd00:7::7"}
 GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
 HOST_MAC, POD_MAC = "02:00:00:00:05:01", "02:00:00:00:05:02"
 MACS = {name: f"02:00:00:00:04:0{number}" for number, name in enumerate(("client", "a", "b"), 1)}
+ROOM = 8192  # for entries of connections, and no more
 ADDRESSES = {"client": CLIENT, **NODES}
 
 
@@ -42,7 +44,7 @@ class Node:
 
     def __init__(self, name, space, balancing):
         self.space = space
-        self.programs = Programs(name, space)
+        self.programs = Programs(name, space, connections=ROOM, room={"connections": ROOM})
         self.services = ServicesPart(programs=self.programs, balancing=balancing)
         self.nodes = NodesPart(self.programs)
         self.programs.enable("services", "pods", "masquerade")
@@ -231,12 +233,14 @@ class Nodes:
 
 
 def fill_up(programs):
-    """Leave no room in the connection table of a node."""
+    """Leave no room in the connection table of a node, which cannot grow."""
     table = programs.growing["connections"].map
-    flows = (FLOW.pack(n.to_bytes(16, "big"), bytes(16), b"", b"", 0) for n in range(1 << 20))
-    value = CONNECTION.pack(bytes(FLOW.size), 0, 0, 0, 0)
+    room = table.info.max_entries
+    flows = (FLOW.pack(n.to_bytes(16, "big"), bytes(16), b"", b"", 0) for n in range(room + 1))
+    value = CONNECTION.pack(bytes(FLOW.size), int(time.monotonic()), 0, 0, 0)
     with contextlib.suppress(KernelError):  # full
         table.update_batch((flow, value) for flow in flows)
+    assert len(list(table.keys())) == room
 
 
 def ask(client, data=b"who"):

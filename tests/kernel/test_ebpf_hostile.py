@@ -40,6 +40,7 @@ NEXT, DROP, REDIRECT = 0xFFFFFFFF, 2, 7
 ENDS = {"pod1": (HOST_MAC[1], MAC[1]), "pod2": (HOST_MAC[2], MAC[2]), "up0": UPLINK_MAC}
 CLIENT = {4: "198.51.100.9", 6: "fd51::9"}
 GRE = 47
+ROOM = 65536  # for entries of connections
 
 
 class Node:
@@ -47,7 +48,9 @@ class Node:
 
     def __init__(self, world):
         self.world = world
-        self.programs = Programs(world.name, world.spaces["node"], connections=65536)
+        self.programs = Programs(
+            world.name, world.spaces["node"], connections=ROOM, room={"connections": ROOM}
+        )
         self.programs.enable("services", "policy", "pods", "masquerade")
         self.services = ServicesPart(programs=self.programs)
         self.policy = PolicyPart(programs=self.programs)
