@@ -91,6 +91,7 @@ enum member_list {
 	MEMBER_CLUSTER,
 	MEMBER_LOCAL, /* of this node's list */
 	MEMBER_HERE, /* on this node, whatever policies and topology say: other nodes may lead to it */
+	MEMBER_SERVING, /* of UDP, in none of the others: what was led there may stay */
 };
 
 struct affinity_key {
@@ -306,6 +307,20 @@ static __always_inline bool is_member(__u32 service, enum member_list list,
 	void *map = current_map(&members);
 
 	return map && bpf_map_lookup_elem(map, &key);
+}
+
+/* Whether UDP to `address` is led to the backend, or may stay there. */
+static __always_inline bool still_leads(const struct address *address, __be16 port,
+					const struct address *backend, __be16 backend_port)
+{
+	struct flow flow = {
+		.destination = *address, .destination_port = port, .protocol = IPPROTO_UDP
+	};
+	struct frontend *found = find_frontend(&flow, address_flags(address));
+
+	return found && (is_member(found->service, MEMBER_CLUSTER, backend, backend_port) ||
+			 is_member(found->service, MEMBER_LOCAL, backend, backend_port) ||
+			 is_member(found->service, MEMBER_SERVING, backend, backend_port));
 }
 
 static __always_inline __u64 mix(__u64 value)

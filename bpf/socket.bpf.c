@@ -189,16 +189,8 @@ static __always_inline int on_sendmsg(struct bpf_sock_addr *ctx, bool ipv4)
 	last = bpf_map_lookup_elem(&datagrams, &key);
 	if (choose_remote(ctx, &frontend, &backend, !last) != VERDICT_TRANSLATE)
 		return 1;
-	if (last) {
-		struct flow flow = { .destination = frontend.address,
-				     .destination_port = frontend.port,
-				     .protocol = IPPROTO_UDP };
-		struct frontend *found = find_frontend(&flow, address_flags(&frontend.address));
-
-		if (found && (is_member(found->service, MEMBER_CLUSTER, &last->address, last->port) ||
-			      is_member(found->service, MEMBER_LOCAL, &last->address, last->port)))
-			backend = *last;
-	}
+	if (last && still_leads(&frontend.address, frontend.port, &last->address, last->port))
+		backend = *last;
 	bpf_map_update_elem(&datagrams, &key, &backend, BPF_ANY);
 	key.outward = 0;
 	key.remote = backend;

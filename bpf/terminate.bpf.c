@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* Connected UDP sockets whose backend is gone would send into the void for good: no packet of theirs is
- * translated any more. Closed, their process gets ECONNABORTED and connects anew. Run by user space in
+ * translated any more. Those of an address that leads there no more would never know. Closed, their process gets ECONNABORTED and connects anew. Run by user space in
  * each namespace, after a backend left (Linux 6.5).
  */
 #define PODWIRE_NO_PACKETS
+#include "service.h"
 #include "socket.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
@@ -43,7 +44,9 @@ int terminate(struct bpf_iter__udp *ctx)
 	if (((struct sock_common *)socket)->skc_state != BPF_TCP_ESTABLISHED)
 		return 0;
 	origin = bpf_sk_storage_get(&socket_origins, socket, NULL, 0);
-	if (origin && bpf_map_lookup_elem(&gone, &origin->backend))
+	if (origin && bpf_map_lookup_elem(&gone, &origin->backend) &&
+	    !still_leads(&origin->frontend.address, origin->frontend.port, &origin->backend.address,
+			 origin->backend.port))
 		bpf_sock_destroy((struct sock_common *)socket);
 	return 0;
 }

@@ -8,6 +8,7 @@ import socket
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
@@ -16,8 +17,9 @@ from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
 from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address
+from podwire.services import backend
 from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, REMOTE, World
-from tests.kernel.test_ebpf_services import KINDS, VIP, make_port, make_table
+from tests.kernel.test_ebpf_services import EXTERNAL, KINDS, VIP, make_port, make_table
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
@@ -54,6 +56,30 @@ def world():
                 for space, addresses in (("pod1", POD[1]), ("outside", REMOTE), ("node", NODE)):
                     made.serve(space, addresses[family], 80, kind)
         yield made
+
+
+class Pause:
+    """A process inside waits at `wait` while the test does something `meanwhile`."""
+
+    def __init__(self):
+        (self._paused, self._pause), (self._go_on, self._resume) = os.pipe(), os.pipe()
+
+    def wait(self):
+        os.write(self._pause, b"x")
+        os.read(self._go_on, 1)
+
+    def meanwhile(self, world, space, function, change):
+        """What `function` returns in `inside`, with `change` called while it waits."""
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(inside, world, space, function)
+                os.read(self._paused, 1)
+                change()
+                os.write(self._resume, b"x")
+                return answer.result(timeout=20)
+        finally:
+            for fd in (self._paused, self._pause, self._go_on, self._resume):
+                os.close(fd)
 
 
 def inside(world, space, function):
@@ -120,28 +146,23 @@ def test_a_socket_is_connected_to_the_backend_and_does_not_know(world, family, p
 def test_an_unconnected_socket_stays_with_one_backend_until_it_goes(world, family):
     both = {"family": family, "protocol": Protocol.UDP}
     world.part.apply(make_table([make_port("dns", 80, [POD[1][family], REMOTE[family]], **both)]))
-    (paused, pause), (go_on, resume) = os.pipe(), os.pipe()
+    pause = Pause()
 
     def talk():
         seen = []
         with opened(family, socket.SOCK_DGRAM) as client:
             for turn in range(12):
                 if turn == 6:
-                    os.write(pause, b"x")
-                    os.read(go_on, 1)
+                    pause.wait()
                 client.sendto(b"who", (VIP[family], 80))
                 data, sender = client.recvfrom(100)
                 seen.append((data.decode().split()[0], sender[:2]))
         return seen
 
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(inside, world, "pod2", talk)
-        os.read(paused, 1)
+    def change():
         world.part.apply(make_table([make_port("dns", 80, [POD[1][family]], **both)]))
-        os.write(resume, b"x")
-        seen = answer.result(timeout=20)
-    for fd in (paused, pause, go_on, resume):
-        os.close(fd)
+
+    seen = pause.meanwhile(world, "pod2", talk, change)
     assert {sender for _, sender in seen} == {(VIP[family], 80)}
     assert len({server for server, _ in seen[:6]}) == 1
     assert {server for server, _ in seen[6:]} == {POD[1][family]}
@@ -230,14 +251,13 @@ def test_a_pod_that_gets_itself_sees_the_node_and_strangers_are_left_alone(world
 def test_a_connected_udp_socket_is_closed_when_its_backend_goes(world, space):
     both = {"family": 4, "protocol": Protocol.UDP}
     world.part.apply(make_table([make_port("dns", 80, [POD[1][4]], **both)]))
-    (paused, pause), (go_on, resume) = os.pipe(), os.pipe()
+    pause = Pause()
 
     def talk():
         with opened(4, socket.SOCK_DGRAM) as led, opened(4, socket.SOCK_DGRAM) as direct:
             led.connect((VIP[4], 80))
             direct.connect((POD[1][4], 80))
-            os.write(pause, b"x")
-            os.read(go_on, 1)
+            pause.wait()
             direct.send(b"who")
             answer = direct.recv(100).decode().split()[0]
             try:
@@ -246,16 +266,69 @@ def test_a_connected_udp_socket_is_closed_when_its_backend_goes(world, space):
             except OSError as error:
                 return answer, error.errno
 
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(inside, world, space, talk)
-        os.read(paused, 1)
+    def change():
         world.part.apply(make_table([make_port("dns", 80, [REMOTE[4]], **both)]))
-        os.write(resume, b"x")
-        direct, led = answer.result(timeout=20)
-    for fd in (paused, pause, go_on, resume):
-        os.close(fd)
+
+    direct, led = pause.meanwhile(world, space, talk, change)
     assert direct == POD[1][4]
     assert led in (errno.ECONNABORTED, errno.ENOTCONN, errno.EDESTADDRREQ)
+
+
+@pytest.mark.skipif(not features.has_kfunc("bpf_sock_destroy"), reason="no bpf_sock_destroy")
+def test_of_connected_udp_sockets_only_those_close_that_lead_nowhere(world):
+    """Led by a Service that is gone, or by an address that it has no more."""
+    both = {"family": 4, "protocol": Protocol.UDP}
+    shared = [make_port(name, number, [POD[1][4]], **both) for name, number in
+              (("one", 80), ("two", 81), ("three", 82))]  # fmt: skip
+    world.part.apply(make_table(shared))
+    pause = Pause()
+    targets = [(VIP[4], 80), (VIP[4], 81), (VIP[4], 82), (EXTERNAL[4], 82)]
+
+    def talk():
+        with contextlib.ExitStack() as closing:
+            clients = [closing.enter_context(opened(4, socket.SOCK_DGRAM)) for _ in targets]
+            for client, target in zip(clients, targets, strict=True):
+                client.connect(target)
+            pause.wait()
+            return [asks(client) for client in clients]
+
+    def change():
+        inward = make_port("three", 82, [POD[1][4]], external=False, **both)
+        world.part.apply(make_table([shared[1], inward]))
+
+    assert pause.meanwhile(world, "node", talk, change) == [False, True, True, False]
+
+
+def asks(client):
+    """Whether a connected UDP socket is answered."""
+    try:
+        client.send(b"who")
+        return bool(client.recv(100))
+    except OSError:
+        return False
+
+
+def test_an_unconnected_socket_stays_with_a_backend_that_terminates_and_serves(world):
+    both = {"family": 4, "protocol": Protocol.UDP}
+    world.part.apply(make_table([make_port("dns", 80, [POD[1][4]], **both)]))
+    pause = Pause()
+
+    def talk():
+        seen = []
+        with opened(4, socket.SOCK_DGRAM) as client:
+            for _ in range(2):
+                client.sendto(b"who", (VIP[4], 80))
+                seen.append(client.recv(100).decode().split()[0])
+                if len(seen) == 1:
+                    pause.wait()
+        return seen
+
+    def change():
+        leaving = make_port("dns", 80, [REMOTE[4]], **both)
+        serving = tuple(sorted(backend(parse_address(text), 80) for text in (POD[1][4], REMOTE[4])))
+        world.part.apply(make_table([msgspec.structs.replace(leaving, serving=serving)]))
+
+    assert pause.meanwhile(world, "pod2", talk, change) == [POD[1][4]] * 2
 
 
 def test_sockets_count_connections_and_unconnected_ones_their_first_datagram(world):

@@ -69,6 +69,7 @@ class MemberList(IntEnum):
     CLUSTER = 0
     LOCAL = 1
     HERE = 2
+    SERVING = 3
 
 
 class AddressFlag(IntFlag):

@@ -238,38 +238,30 @@ class ServicesPart(TablePart[ServiceTable]):
         return Run(self._tables.take(room.size).first, size)
 
     def _forget_stale(self, ports: _Changes) -> None:
-        """UDP flows to backends that serve no more would go on into the void: end them."""
-        gone = [
-            (self._leases[name].service, backend)
-            for name, (old, new) in ports.items()
-            if old and name.protocol == Protocol.UDP
-            for backend in set(old.serving).difference(new.serving if new else ())
-        ]
-        stale = [
-            MEMBER_KEY.pack(mapped(b[:-2]), service, b[-2:], MemberList.CLUSTER)
-            for service, b in gone
-        ]
-        stale += self._readdressed(ports)
+        """UDP flows to what serves no more would go on into the void: end them."""
+        stale: list[bytes] = []
+        closing: set[Backend] = set()
+        for name, (old, new) in ports.items():
+            if name.protocol != Protocol.UDP:
+                continue
+            if old:
+                service = self._leases[name].service
+                gone = set(old.serving).difference(new.serving if new else ())
+                lost = _lost_frontends(old, new or old)
+                closing.update(old.serving if lost else gone)
+                for backend in gone:
+                    address, number = mapped(backend[:-2]), backend[-2:]
+                    stale.append(MEMBER_KEY.pack(address, service, number, MemberList.CLUSTER))
+                for frontend in lost:
+                    stale += self._flows_to(name.family, frontend, service)
+            if new:  # what was reachable past all Services until now; ClusterIPs never were
+                for frontend in set(new.frontends).difference(old.frontends if old else ()):
+                    if frontend.kind != FrontendKind.CLUSTER_IP:
+                        stale += self._flows_to(name.family, frontend, 0)
         if stale:
             self.connections.forget(stale)
-        if gone:
-            self._programs.close_sockets({(b[:-2], b[-2:]) for _, b in gone})
-
-    def _readdressed(self, ports: _Changes) -> Iterator[bytes]:
-        """What was reachable past all Services and one has now (ClusterIPs never were), and what a
-        Service that stays has no more.
-        """
-        for name, (old, new) in ports.items():
-            if new is None or name.protocol != Protocol.UDP:
-                continue
-            before, after = old.frontends if old else (), new.frontends
-            for frontend in set(after).difference(before):
-                if frontend.kind != FrontendKind.CLUSTER_IP:
-                    yield from self._flows_to(name.family, frontend, 0)
-            kept = {(address, port) for _, address, port in after}
-            for frontend in before:
-                if frontend[1:] not in kept:
-                    yield from self._flows_to(name.family, frontend, self._leases[name].service)
+        if closing:
+            self._programs.close_sockets({(b[:-2], b[-2:]) for b in closing})
 
     def _flows_to(self, family: Family, frontend: Frontend, service: int) -> Iterator[bytes]:
         size = 4 if family == 4 else 16
@@ -419,3 +411,9 @@ class ServicesPart(TablePart[ServiceTable]):
         self._own = spelling.own_addresses(settings)
         self._addresses.node = spelling.node_flags(settings)
         write_settings(self._programs, settings)
+
+
+def _lost_frontends(old: ServicePort, new: ServicePort) -> list[Frontend]:
+    """By which addresses and ports a Service's port is reached no more."""
+    kept = {(address, number) for _, address, number in new.frontends}
+    return [frontend for frontend in old.frontends if frontend[1:] not in kept]

@@ -120,6 +120,9 @@ def members(port: ServicePort, lease: Lease) -> Iterator[tuple[bytes, bytes]]:
         lists += [(MemberList.CLUSTER, port.cluster), (MemberList.LOCAL, port.local)]
     if port.externally_accessible:
         lists.append((MemberList.HERE, port.hosted))
+    if port.serving != port.cluster:
+        leaving = set(port.serving).difference(port.cluster, port.local)
+        lists.append((MemberList.SERVING, tuple(leaving)))
     for list_, backends in lists:
         for backend in backends:
             address, number = mapped(backend[:-2]), backend[-2:]
