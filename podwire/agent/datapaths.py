@@ -65,6 +65,11 @@ class DataPath:
             ebpf.announce(options)
             abilities()  # to end flows with: found out now, not while a client waits
 
+    def abandon(self) -> None:
+        """Let go of it; programs that serve go on. Raises KernelError."""
+        if self.programs is not None:
+            self.programs.abandon()
+
     def nodes(self) -> Part[RouteTable]:
         if self.programs is not None:
             return EbpfNodesPart(self.programs, masquerade=self._options.masquerade)

@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,9 +40,13 @@ def run(options: Options) -> int:
         config = kubeconfig.load(options.kubeconfig or None)
         with ThreadPoolExecutor(1, "datapath") as aside:
             datapath = aside.submit(DataPath, options)
-            agent = load_agent()
-            gc.freeze()  # modules stay
-            return asyncio.run(agent(options, config, datapath).run())
+            try:
+                agent = load_agent()
+                gc.freeze()  # modules stay
+                return asyncio.run(agent(options, config, datapath).run())
+            except BaseException:
+                datapath.add_done_callback(_abandon)
+                raise
     except* (PodwireError, OSError) as group:
         for error in group.exceptions:
             event(log, logging.ERROR, "cannot go on", error=error)
@@ -56,6 +60,12 @@ def load_agent() -> type[Agent]:
     from podwire.agent.main import Agent
 
     return Agent
+
+
+def _abandon(datapath: Future[DataPath]) -> None:
+    """The agent cannot go on, perhaps never could."""
+    if datapath.exception() is None:
+        datapath.result().abandon()
 
 
 def _lock(run_dir: Path) -> int:

@@ -346,6 +346,12 @@ class Programs:
         self.close()
         pinned.remove(self.node)
 
+    def abandon(self) -> None:
+        """As `close`; but what never came to serve is forgotten."""
+        self.close()
+        if not pinned.link_paths(self.node):
+            pinned.remove(self.node)
+
     def close_sockets(self, remotes: Collection[tuple[Address, bytes]]) -> None:
         """Close connected UDP sockets that a Service led to one of these (address, packed port).
 
