@@ -30,11 +30,14 @@ _HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.geteuid() == 0:
-        return
     for item in items:
-        if item.path.relative_to(_HERE).parts[0] in _NEEDS_ROOT:
+        file = item.path.relative_to(_HERE)
+        if os.geteuid() != 0 and file.parts[0] in _NEEDS_ROOT:
             item.add_marker(pytest.mark.skip(reason="needs root"))
+        # what one worker runs: tests of a file share what it takes long to build, suites of cases
+        # share nothing and are long themselves
+        alone = file.parts[0] == "conformance"
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else str(file)))
 
 
 def _leftovers() -> list[str]:
