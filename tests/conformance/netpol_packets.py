@@ -147,23 +147,26 @@ class PacketBackend:
         return [{one.cell: one in got for one in some} for some in attempts]
 
     def _attempts(self, probe: Probe) -> list[Attempt]:
+        world, place, real = self._world, self._lab.fabric.place, self._real
+        sources = {
+            source: (place(real(source)).fd, address)
+            for source in probe.sources
+            if (address := world.address(source, probe.bits)) is not None
+        }
+        targets = {
+            end: (address, tuple((place(real(e)).fd, p) for e, p in self._targets(probe, end)))
+            for end in probe.destinations
+            if (address := world.address(end, probe.bits, of_service=probe.via_service)) is not None
+        }
         out: list[Attempt] = []
         for source, destination, expected in probe.cells():
-            from_ = self._world.address(source, probe.bits)
-            to = self._world.address(destination, probe.bits, of_service=probe.via_service)
-            if from_ is None or to is None:
-                continue
-            fd = self._lab.fabric.place(self._real(source)).fd
-            arrivals = tuple(
-                (self._lab.fabric.place(self._real(end)).fd, port)
-                for end, port in self._targets(probe, destination)
-            )
-            out.append(
-                Attempt(
-                    (source, destination), probe.protocol, fd, from_, to, probe.port, arrivals,
-                    expected,
+            if source in sources and destination in targets:
+                fd, from_ = sources[source]
+                to, arrivals = targets[destination]
+                cell = (source, destination)
+                out.append(
+                    Attempt(cell, probe.protocol, fd, from_, to, probe.port, arrivals, expected)
                 )
-            )  # fmt: skip
         return out
 
     def _targets(self, probe: Probe, destination: str) -> list[tuple[str, int]]:

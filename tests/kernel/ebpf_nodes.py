@@ -23,6 +23,7 @@ from podwire.kernel import netns
 from podwire.kernel.bpf import pins
 from podwire.net import Prefix, parse_address, parse_prefix
 from podwire.nodes import RouteTable
+from tests.kernel.ebpf_world import ip_batch
 
 CLIENT = {4: "198.18.0.9", 6: "fd18::9"}
 NODES = {"a": {4: "198.18.0.1", 6: "fd18::1"}, "b": {4: "198.18.0.2", 6: "fd18::2"}}
@@ -120,8 +121,7 @@ class Nodes:
         return done.stdout
 
     def batch(self, space, *lines):
-        done = netns.run(space, ["ip", "-batch", "-"], stdin="\n".join(lines), timeout_s=20)
-        assert done.returncode == 0, done.stderr
+        ip_batch(space, lines)
 
     def ifindex(self, space, name):
         return netns.call(self.spaces[space], lambda: socket.if_nametoindex(name))

@@ -5,12 +5,15 @@ pod1, pod2 ── node ── outside (a client, and pods of another node)
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import uuid
 
-from podwire.kernel import netns
+from podwire.kernel import netns, route
 from podwire.kernel.bpf import pins
+from podwire.kernel.netlink import NetlinkSocket
+from podwire.net import parse_address
 
 GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
 NODE = {4: "192.168.9.10", 6: "fd09::10"}
@@ -21,6 +24,16 @@ POD = {n: {4: f"10.244.0.{n + 1}", 6: f"fd44::{n + 1}"} for n in _NUMBERS}
 MAC = {n: f"02:00:00:00:01:{n:02x}" for n in _NUMBERS}
 UPLINK_MAC = ("02:00:00:00:03:01", "02:00:00:00:03:02")
 HOST_MAC = {n: f"02:00:00:00:02:{n:02x}" for n in _NUMBERS}
+
+
+def ip_batch(space, lines):
+    """Commands of ip(8) in a namespace; returns when the addresses they add take packets."""
+    done = netns.run(space, ["ip", "-batch", "-"], stdin="\n".join(lines), timeout_s=20)
+    assert done.returncode == 0, done.stderr
+    added = re.findall(r"^addr add ([0-9a-f:]+)/", "\n".join(lines), re.M)
+    if added:
+        with NetlinkSocket(netns_fd=space) as sock:
+            route.await_local(sock, map(parse_address, added))
 
 
 class World:
@@ -64,8 +77,7 @@ class World:
         return done.stdout
 
     def batch(self, space, *lines):
-        done = netns.run(space, ["ip", "-batch", "-"], stdin="\n".join(lines), timeout_s=20)
-        assert done.returncode == 0, done.stderr
+        ip_batch(space, lines)
 
     def _wire_uplink(self):
         node, outside = self.spaces["node"], self.spaces["outside"]
