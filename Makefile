@@ -15,8 +15,9 @@ setup:
 demo: setup
 	@$(PY) -m podwire.lab.demo
 
+# In the order of collection: the suites of cases are single tests and long, and come first.
 test: setup
-	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff format --check .
