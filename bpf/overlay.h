@@ -16,8 +16,6 @@
 #define TAG_FIRST 8192
 #define TAG_NONE 4096
 
-#define VXLAN_PORT 8472 /* of UDP, as `nodes.OVERLAY_PORTS` has them */
-#define GENEVE_PORT 6081
 
 #define TUNNELLED 0x7078 /* tc_index: has its tunnel's key */
 
@@ -66,14 +64,13 @@ static __always_inline struct tunnel *find_tunnel(const struct address *address)
 	return bpf_map_lookup_elem(map, &s->prefix);
 }
 
-/* Whether a packet is for the tunnel's end on some node. What a pod sends there would be its node's once
- * it is masqueraded, and say of whoever it likes that he sent it. */
+/* Whether a packet is for the tunnel's end on some node. What a pod sends there, or a Service leads there,
+ * would be its node's once it is masqueraded, and say of whoever it likes that he sent it. */
 static __always_inline bool is_for_tunnel(const struct flow *to)
 {
 	struct tunnel *tunnel;
 
-	if (to->protocol != IPPROTO_UDP || (to->destination_port != bpf_htons(VXLAN_PORT) &&
-					    to->destination_port != bpf_htons(GENEVE_PORT)))
+	if (!has_tunnel_port(to))
 		return false;
 	tunnel = find_tunnel(&to->destination);
 	return tunnel && same_address(&tunnel->remote, &to->destination);

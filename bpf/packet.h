@@ -73,6 +73,15 @@ struct packet {
 	__u8 pad;
 };
 
+#define VXLAN_PORT 8472 /* of UDP, as `nodes.OVERLAY_PORTS` has them */
+#define GENEVE_PORT 6081
+
+static __always_inline bool has_tunnel_port(const struct flow *to)
+{
+	return to->protocol == IPPROTO_UDP && (to->destination_port == bpf_htons(VXLAN_PORT) ||
+					       to->destination_port == bpf_htons(GENEVE_PORT));
+}
+
 /* Functions that are not static are verified once, by themselves, and keep what is rare out of the
  * way of what is common. */
 __noinline int parse_icmp(CONTEXT *ctx, struct packet *p)

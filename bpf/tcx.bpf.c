@@ -279,7 +279,7 @@ __noinline int begin(struct __sk_buff *ctx, struct work *w, int place)
 			w->to.destination_port = w->choice.backend.port;
 		}
 	}
-	if (place == PLACE_POD && is_for_tunnel(&w->to))
+	if (place != PLACE_NODE && is_for_tunnel(&w->to))
 		return drop(ctx, REASON_SPOOFED, &p->flow);
 	if (with_policy && !is_permitted(ctx, w, place, &tracked))
 		return TCX_DROP;

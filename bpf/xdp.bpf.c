@@ -100,7 +100,7 @@ __noinline int xdp_begin(struct xdp_md *ctx, struct xdp_work *w)
 	w->to.destination = w->choice.backend.address;
 	w->to.destination_port = w->choice.backend.port;
 	w->tell = may_lead(&p->flow, &w->choice);
-	if (!leaves_here(ctx, w, &route))
+	if (has_tunnel_port(&w->to) || !leaves_here(ctx, w, &route))
 		return XDP_PASS;
 	if (w->tell) {
 		error = create_leading(&w->creation, p, &w->to, w->choice.service);

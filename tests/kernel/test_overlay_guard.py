@@ -11,13 +11,17 @@ import socket
 import struct
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from podwire.datapath.ebpf.programs import missing
 from podwire.kernel import netns
+from podwire.kube.objects import EndpointSlice, Service
+from podwire.kube.store import Store
 from podwire.net import Protocol, format_address, parse_address
 from podwire.nodes import OVERLAY_ID, OVERLAY_PORTS
 from podwire.nodes.compiler import tunnel_mac
+from podwire.services import NodeFacts, ProxyConfig, ServiceCompiler
 from tests.conformance.netpol_packets import Lab, PacketBackend
 from tests.conformance.netpol_world import World
 from tests.traffic import udp_source
@@ -63,18 +67,53 @@ class Net:
     def node(self, name: str) -> str:
         return NODES[name][self.underlay]
 
-    def arrives(self, sender: str, node: str, inner: str, *, wait_s: float = 0.3) -> bool:
-        """Whether pod b gets what the sender forges for the tunnel's end of a node."""
+    def arrives(
+        self, sender: str, node: str, inner: str, *, port: int = 0, wait_s: float = 0.3
+    ) -> bool:
+        """Whether pod b gets what the sender forges for the tunnel's end of a node, or for another
+        of its ports.
+        """
         family = socket.AF_INET if self.underlay == 4 else socket.AF_INET6
         with (
             netns.socket(self.fd("x/b"), socket.AF_INET, socket.SOCK_DGRAM) as server,
             netns.socket(self.fd(sender), family, socket.SOCK_DGRAM) as client,
         ):
             server.bind((B, PORT))
-            client.sendto(forge(inner, tunnel_mac("n2")), (self.node(node), OVERLAY_PORTS["vxlan"]))
+            to = (self.node(node), port or OVERLAY_PORTS["vxlan"])
+            client.sendto(forge(inner, tunnel_mac("n2")), to)
             if not select.select([server], [], [], wait_s)[0]:
                 return False
             return server.recvfrom(100)[1][0] == inner
+
+    def serve(self, ports: dict[int, int]) -> None:
+        """Node n1 leads these node ports to those ports of node n2, by a Service."""
+        vip = {4: "10.96.0.5", 6: "fd00:96::5"}[self.underlay]
+        kind = f"IPv{self.underlay}"
+        store = Store()
+        spec = {
+            "type": "NodePort",
+            "clusterIP": vip,
+            "clusterIPs": [vip],
+            "ipFamilies": [kind],
+            "ports": [
+                {"name": f"p{to}", "port": to, "nodePort": at, "protocol": "UDP"}
+                for at, to in ports.items()
+            ],
+        }
+        metadata = {"name": "lead", "namespace": "x"}
+        store.put(msgspec.convert({"metadata": metadata, "spec": spec}, Service))
+        labels = {"kubernetes.io/service-name": "lead"}
+        ends = {
+            "metadata": metadata | {"labels": labels},
+            "addressType": kind,
+            "endpoints": [{"addresses": [self.node("n2")], "conditions": {"ready": True}}],
+            "ports": [{"name": f"p{to}", "port": to, "protocol": "UDP"} for to in ports.values()],
+        }
+        store.put(msgspec.convert(ends, EndpointSlice))
+        addresses = self.lab.fabric.place("node:n1").addresses
+        part = self.lab.services("n1")
+        part.start()
+        part.apply(ServiceCompiler(NodeFacts("n1", addresses), ProxyConfig()).update(store.take()))
 
 
 def forge(source: str, mac: bytes) -> bytes:
@@ -129,6 +168,22 @@ def test_nor_at_that_of_its_own(net: Net) -> None:
 def test_nor_does_a_host_outside(net: Net) -> None:
     assert udp_source(net.fd("ext:host"), net.fd("node:n2"), net.node("n2"))
     assert not net.arrives("ext:host", "n2", FORGED)
+
+
+def test_nor_does_it_by_a_service_that_leads_there(net: Net) -> None:
+    """Although what a Service leads to another node is masqueraded."""
+    net.serve({30081: 8081, 30472: OVERLAY_PORTS["vxlan"]})
+    family = socket.AF_INET if net.underlay == 4 else socket.AF_INET6
+    with (
+        netns.socket(net.fd("node:n2"), family, socket.SOCK_DGRAM) as server,
+        netns.socket(net.fd("ext:host"), family, socket.SOCK_DGRAM) as client,
+    ):
+        server.bind((net.node("n2"), 8081))
+        server.settimeout(4)
+        client.sendto(b"hi", (net.node("n1"), 30081))
+        assert server.recvfrom(10)[1][0] == net.node("n1")
+    assert not net.arrives("ext:host", "n1", FORGED, port=30472)
+    assert not net.arrives("x/a", "n1", FORGED, port=30472)
 
 
 def test_no_node_speaks_for_pods_of_the_receiver(net: Net) -> None:
