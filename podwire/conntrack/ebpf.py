@@ -56,9 +56,13 @@ class EbpfSource:
         return Usage(connections.held // 2, connections.limit // 2)
 
     def statistics(self) -> Mapping[str, int]:
-        """Packets lost for want of room or ports."""
+        """Packets lost for want of room or ports, connections forgotten early."""
         outcomes = self._programs.outcomes()
-        return {name: outcomes.get(name, 0) for name in ("connections_full", "ports_exhausted")}
+        names = {"evicted": "early_drop"}  # as netfilter calls it
+        return {
+            names.get(name, name): outcomes.get(name, 0)
+            for name in ("connections_full", "ports_exhausted", "evicted")
+        }
 
     def entries(self, filter_: Filter = EVERYTHING) -> Iterator[Entry]:
         """The connections that fit, by their original direction."""
