@@ -8,6 +8,7 @@ import itertools
 import os
 from functools import wraps
 
+import msgspec
 import pytest
 
 from podwire.agent.carry import Carry
@@ -16,14 +17,19 @@ from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.growing import GrowingMap
 from podwire.datapath.ebpf.layout import Phase
 from podwire.datapath.ebpf.pinned import PinnedMaps
+from podwire.datapath.ebpf.policy import PolicyPart
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.iptables.services import ServicesPart as IptablesServicesPart
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.kernel import sysctl
 from podwire.kernel.ctnetlink import Table
-from podwire.net import Protocol
+from podwire.kube.objects import Namespace, NetworkPolicy
+from podwire.kube.store import Store
+from podwire.net import Protocol, parse_address
+from podwire.policy import Attachment, PolicyCompiler
 from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, World
 from tests.kernel.handshakes import Dialogue, Wire
+from tests.kernel.test_ebpf_policy import pod
 from tests.kernel.test_ebpf_services import VIP, make_port, make_table
 from tests.kernel.test_ebpf_takeover import ebpf, join, netfilter, on_node
 
@@ -34,7 +40,7 @@ pytestmark = [
 PARTS = [NftablesServicesPart, IptablesServicesPart]
 STEPS = [
     (Programs, "attach"), (Programs, "set_phase"), (GrowingMap, "settle"),
-    (Connections, "clear"), (Connections, "add"), (Connections, "correct"), (Connections, "_write"),
+    (Connections, "clear"), (Connections, "add"), (Connections, "correct"),
     (Table, "entries"), (Table, "create"), (Table, "delete_entries"),
     (Carry, "track"), (Carry, "begin"), (Carry, "cleanup"),
     (takeover, "_set_phase"), (PinnedMaps, "items"), (sysctl, "write"), (pinned, "remove"),
@@ -116,6 +122,20 @@ def table():
     )
 
 
+def judge(made):
+    """All is allowed to the pods, and so remembered."""
+    compiler, store = PolicyCompiler("node"), Store()
+    store.put(msgspec.convert({"metadata": {"name": "x"}}, Namespace))
+    for number, addresses in POD.items():
+        store.put(pod(f"pod{number}", "node", addresses))
+        packed = tuple(parse_address(text) for text in addresses.values())
+        compiler.attach(Attachment(("x", f"pod{number}"), f"pod{number}", packed))
+    spec = {"podSelector": {}, "ingress": [{}]}
+    policy = {"metadata": {"name": "all", "namespace": "x"}, "spec": spec}
+    store.put(msgspec.convert(policy, NetworkPolicy))
+    PolicyPart(programs=made).apply(compiler.update(store.take()))
+
+
 @pytest.fixture
 def world():
     with World() as made:
@@ -156,6 +176,7 @@ def test_from_netfilter_to_ebpf(world, play, at_every_step, part):
     before = netfilter(world, table(), part)
     play.use_ports()
     made = ebpf(world, table())
+    judge(made)
     at_every_step()
     carried = join(world, made)
     on_node(world, Carry().begin)
@@ -169,6 +190,7 @@ def test_from_netfilter_to_ebpf(world, play, at_every_step, part):
 @pytest.mark.parametrize("part", PARTS)
 def test_from_ebpf_to_netfilter(world, play, at_every_step, part):
     made = ebpf(world, table())
+    judge(made)
     made.attach(Phase.SERVING)
     play.use_ports()
     made.close()

@@ -52,7 +52,7 @@ def netfilter(world, table, part):
 def ebpf(world, table=None):
     """Maps filled, nothing attached, as the agent's parts leave it."""
     made = Programs(world.name, world.spaces["node"])
-    made.enable("services", "pods", attach=False)
+    made.enable("services", "policy", "pods", attach=False)
     EbpfPods(made).replace(
         PodLink(
             world.ifindex(f"pod{n}"),

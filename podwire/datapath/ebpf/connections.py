@@ -135,22 +135,31 @@ class Connections:
     def add(self, entries: Mapping[bytes, bytes]) -> None:
         """Write entries that are not there yet, making room for them."""
         held = {key for key, _ in self._programs.growing["connections"].map.items()}
-        self._write({key: entries[key] for key in entries.keys() - held}, len(held))
+        self._make_room(len(held | entries.keys()))
+        new = ((key, value) for key, value in entries.items() if key not in held)
+        self._programs.growing["connections"].map.update_batch(new)
+        self._have_local_entries()
 
     def correct(self, pairs: Iterable[Mapping[bytes, bytes]]) -> None:
         """Write both entries of each connection over what was copied before; of one that a program
-        has made an entry of, none.
+        has made an entry of, none. Programs may make more meanwhile, from ports of ended ones.
         """
         held = self._programs.growing["connections"].read()
-        made = {key for key, value in held.items() if not _is_copied(value)}
-        right = {key: pair[key] for pair in pairs if made.isdisjoint(pair) for key in pair}
-        self._write(right, len(held.keys() | right.keys()) - len(right))
+        wrong = [pair for pair in pairs if any(_differs(held.get(key), pair[key]) for key in pair)]
+        self._make_room(len(held) + 2 * len(wrong))
+        table = self._programs.growing["connections"].map
+        for pair in wrong:
+            there = [value for key in pair if (value := table.lookup(key))]
+            if all(map(_is_copied, there)):
+                for key, value in pair.items():
+                    table.update(key, value)
+        self._have_local_entries()
 
-    def _write(self, entries: Mapping[bytes, bytes], others: int) -> None:
-        room = others + len(entries)
-        if 4 * room > 3 * self.capacity and self.capacity < self._most:
-            self.grow(min(self._most, 2 * max(room, self.capacity)))
-        self._programs.growing["connections"].map.update_batch(entries.items())
+    def _make_room(self, entries: int) -> None:
+        if 4 * entries > 3 * self.capacity and self.capacity < self._most:
+            self.grow(min(self._most, 2 * max(entries, self.capacity)))
+
+    def _have_local_entries(self) -> None:
         self._programs.maps["local_entries"].update(_CURRENT, NUMBER.pack(_LOCAL_SOME))
 
     def finish_move(self) -> None:
@@ -227,6 +236,15 @@ class Connections:
 
 def _is_copied(value: bytes) -> bool:
     return bool(CONNECTION.unpack(value)[-1] & ConnectionFlag.COPIED)
+
+
+def _differs(one: bytes | None, other: bytes) -> bool:
+    """In more than when a packet was seen."""
+    if one is None:
+        return True
+    to, _, *rest = CONNECTION.unpack(one)
+    other_to, _, *other_rest = CONNECTION.unpack(other)
+    return (to, rest) != (other_to, other_rest)
 
 
 def read_flow(packed: bytes) -> Flow:

@@ -18,7 +18,7 @@ other only while nobody can begin another of the same ports there.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Set
 from contextlib import contextmanager
 
 from podwire.datapath.ebpf import entries, pinned
@@ -58,8 +58,7 @@ def join(programs: Programs, table: Table) -> list[Entry]:
             programs.set_phase(Phase.JOINING)
         programs.growing["connections"].settle()  # nothing begins with netfilter any more
         found = list(table.entries())
-        going_on = (entry for entry in found if not entries.is_over(entry))
-        programs.connections.correct(_copy(going_on, programs))
+        programs.connections.correct(_copy(found, programs))
         programs.set_phase(Phase.SERVING)
         own = address.own(programs.netns_fd)
         return [entry for entry in found if entries.is_carried(entry, own)]
@@ -111,8 +110,7 @@ def leave(node: str, table: Table) -> int:
             told = _foretell(maps, table)
             _set_phase(maps, Phase.LEAVING)
             with _strict(table):
-                going_on = (entry for entry in _leaving(maps) if not entries.is_over(entry))
-                refused = _make(table, [entry for entry in going_on if entry not in told])
+                refused = _make(table, list(_lacking(maps, table, told)))
                 _set_phase(maps, Phase.WAITING)
     pinned.remove(node)
     return refused
@@ -125,6 +123,20 @@ def _foretell(maps: PinnedMaps, table: Table) -> set[Entry]:
     own = address.own(table.netns_fd)
     hidden = {entry for entry in _leaving(maps) if entries.is_carried(entry, own)}
     return hidden - table.create(hidden).keys()
+
+
+def _lacking(maps: PinnedMaps, table: Table, told: Set[Entry]) -> Iterator[Entry]:
+    """Those that go on and are not netfilter's yet.
+
+    Since it tracks, it has all that processes of the node begin, and translates them before we see
+    them, unless we do it.
+    """
+    own = address.own(table.netns_fd)
+    for entry in _leaving(maps):
+        plain = entry.reply == entry.original.reversed()
+        its = entry in told or (plain and entry.original.source in own)
+        if not its and not entries.is_over(entry):
+            yield entry
 
 
 @contextmanager
