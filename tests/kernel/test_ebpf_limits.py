@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import time
 
 import pytest
 
@@ -11,7 +12,7 @@ from podwire.agent.metrics import Metrics
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.conntrack.inspector import PRESSURE
 from podwire.datapath.ebpf.fill import Pressure, measure
-from podwire.datapath.ebpf.layout import MEMBER_KEY, mapped
+from podwire.datapath.ebpf.layout import CONNECTION, MEMBER_KEY, mapped
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.programs import OBJECTS, Programs
 from podwire.datapath.ebpf.services import ServicesPart
@@ -21,7 +22,6 @@ from podwire.net import Protocol, parse_address
 from tests.conformance import service_packets as packets
 from tests.kernel.ebpf_nodes import fill_up
 from tests.kernel.ebpf_world import HOST_MAC, MAC, OUTSIDE, POD, REMOTE, World
-from tests.kernel.test_ebpf_ageing import grow_older
 from tests.kernel.test_ebpf_events import CLOSED, Node1
 from tests.kernel.test_ebpf_hostile import Node
 from tests.kernel.test_ebpf_policy import policy
@@ -47,6 +47,7 @@ def world():
         made.programs = Programs(made.name, space, connections=64, room=ROOM)
         made.part = ServicesPart(programs=made.programs)
         made.part.start()
+        made.programs._housekeeping.stop()  # tests do it when it is time
         made.full = lambda: Pressure().see(measure(made.programs))
         yield made
         made.programs.close()
@@ -135,6 +136,7 @@ def test_the_connection_table_is_told_before_it_is_full_and_drops_only_what_is_n
     source = EbpfSource(world.programs)
     told = 0
     for number in range(64):
+        set_age(world, 0)
         world.programs.connections.maintain()
         usage = source.usage()
         assert usage.limit == 64
@@ -155,19 +157,28 @@ def test_a_full_table_forgets_first_what_is_silent_and_over(world):
     ]
     world.part.apply(make_table(ports))
     open_flow = shake_hands(world)
+    world.programs.connections.grow(128)
     for number in range(63):
-        world.programs.connections.maintain()  # grows
         assert ask(world, "198.51.100.1", number) == REDIRECT
     assert ask(world, "198.51.100.1", 63) == DROP
+    set_age(world, 0)
     world.programs.connections.maintain()
     assert ask(world, "198.51.100.1", 63) == DROP, "all that is there is young"
     assert world.programs.connections.filling
-    grow_older(world, 5)
+    set_age(world, 5)
     world.programs.connections.maintain()
     assert ask(world, "198.51.100.1", 63) == REDIRECT
     lost = EbpfSource(world.programs).statistics()
     assert lost == {"connections_full": 2, "ports_exhausted": 0, "early_drop": 63}
     assert open_flow in [flow for flow, _ in world.programs.connections.items()]
+
+
+def set_age(world, seconds):
+    """Of all entries: however long the test takes."""
+    table = world.programs.growing["connections"].map
+    now = int(time.monotonic()) - seconds
+    entries = ((key, CONNECTION.unpack(value)) for key, value in list(table.items()))
+    table.update_batch((key, CONNECTION.pack(to, now, *rest)) for key, (to, _, *rest) in entries)
 
 
 def shake_hands(world):

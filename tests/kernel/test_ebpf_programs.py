@@ -32,6 +32,7 @@ def world():
         programs = Programs(made.name, made.spaces["node"], connections=256)
         made.part = ServicesPart(programs=programs)
         made.part.start()
+        programs._housekeeping.stop()  # tests do it when it is time
         made.programs = programs
         made.connections = Connections(programs)
         yield made
