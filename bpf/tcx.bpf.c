@@ -376,8 +376,11 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 	if (phase == PHASE_JOINING && (!connection || connection->flags & CONNECTION_COPIED)) {
 		enum kernel_view view = ask_kernel(ctx, p);
 
-		if (view == KERNEL_CARRIES)
+		if (view == KERNEL_CARRIES) {
+			if (connection)
+				touch(connection, p);
 			return TCX_NEXT;
+		}
 		reopened = view == KERNEL_IS_DONE;
 	}
 	if (connection && (reopened || is_reopened(connection, p))) {

@@ -140,19 +140,20 @@ class Connections:
         self._programs.growing["connections"].map.update_batch(new)
         self._have_local_entries()
 
-    def correct(self, pairs: Iterable[Mapping[bytes, bytes]]) -> None:
+    def correct(self, held: Mapping[bytes, bytes], pairs: Iterable[Mapping[bytes, bytes]]) -> None:
         """Write both entries of each connection over what was copied before; of one that a program
         has made an entry of, none. Programs may make more meanwhile, from ports of ended ones.
+
+        `held` is the table before `pairs` were found; what packets have shown since then stays.
         """
-        held = self._programs.growing["connections"].read()
         wrong = [pair for pair in pairs if any(_differs(held.get(key), pair[key]) for key in pair)]
         self._make_room(len(held) + 2 * len(wrong))
         table = self._programs.growing["connections"].map
         for pair in wrong:
-            there = [value for key in pair if (value := table.lookup(key))]
-            if all(map(_is_copied, there)):
+            there = {key: value for key in pair if (value := table.lookup(key))}
+            if all(map(_is_copied, there.values())):
                 for key, value in pair.items():
-                    table.update(key, value)
+                    table.update(key, _with_news(value, held.get(key), there.get(key)))
         self._have_local_entries()
 
     def _make_room(self, entries: int) -> None:
@@ -236,6 +237,14 @@ class Connections:
 
 def _is_copied(value: bytes) -> bool:
     return bool(CONNECTION.unpack(value)[-1] & ConnectionFlag.COPIED)
+
+
+def _with_news(value: bytes, before: bytes | None, now: bytes | None) -> bytes:
+    """With what was sent between `before` and `now`."""
+    to, seen_s, service, state, flags = CONNECTION.unpack(value)
+    if before and now:
+        state |= CONNECTION.unpack(now)[3] & ~CONNECTION.unpack(before)[3]
+    return CONNECTION.pack(to, seen_s, service, state, flags)
 
 
 def _differs(one: bytes | None, other: bytes) -> bool:

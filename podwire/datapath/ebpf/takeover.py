@@ -57,8 +57,9 @@ def join(programs: Programs, table: Table) -> list[Entry]:
             programs.connections.add({key: pair[key] for pair in copied for key in pair})
             programs.set_phase(Phase.JOINING)
         programs.growing["connections"].settle()  # nothing begins with netfilter any more
+        held = programs.growing["connections"].read()
         found = list(table.entries())
-        programs.connections.correct(_copy(found, programs))
+        programs.connections.correct(held, _copy(found, programs))
         programs.set_phase(Phase.SERVING)
         own = address.own(programs.netns_fd)
         return [entry for entry in found if entries.is_carried(entry, own)]
@@ -91,7 +92,7 @@ def announce(node: str, table: Table) -> None:
                 status=entry.status & ~(Status.SRC_NAT | Status.DST_NAT),
             )
             for entry in _leaving(maps)
-            if entry.original.source in own
+            if entry.original.source in own and not entries.is_over(entry)
         )
 
 
@@ -108,9 +109,11 @@ def leave(node: str, table: Table) -> int:
             sysctl.write({_LOOSE: 1}, table.netns_fd)
         if _phase(maps) is not Phase.WAITING:  # else netfilter carries everything already
             told = _foretell(maps, table)
+            _forget_ended(maps, table)
             _set_phase(maps, Phase.LEAVING)
             with _strict(table):
                 refused = _make(table, list(_lacking(maps, table, told)))
+                _forget_ended(maps, table)
                 _set_phase(maps, Phase.WAITING)
     pinned.remove(node)
     return refused
@@ -125,6 +128,27 @@ def _foretell(maps: PinnedMaps, table: Table) -> set[Entry]:
     return hidden - table.create(hidden).keys()
 
 
+def _forget_ended(maps: PinnedMaps, table: Table) -> None:
+    """What processes of the node began and ended, netfilter remembers as it looks before we
+    translate it; it would leave a new connection from that port untranslated.
+    """
+    own = address.own(table.netns_fd)
+    known = entries.kernel_entries(dict(maps.items("connections")))
+    ended = {
+        entry.original
+        for entry, _ in known
+        if entries.is_over(entry) and not _is_plain(entry) and entry.original.source in own
+    }
+    table.delete_entries(
+        [entry for entry in table.entries() if entry.original in ended and _is_plain(entry)]
+    )
+
+
+def _is_plain(entry: Entry) -> bool:
+    """Whether its addresses and ports stay as they are."""
+    return entry.reply == entry.original.reversed()
+
+
 def _lacking(maps: PinnedMaps, table: Table, told: Set[Entry]) -> Iterator[Entry]:
     """Those that go on and are not netfilter's yet.
 
@@ -133,8 +157,7 @@ def _lacking(maps: PinnedMaps, table: Table, told: Set[Entry]) -> Iterator[Entry
     """
     own = address.own(table.netns_fd)
     for entry in _leaving(maps):
-        plain = entry.reply == entry.original.reversed()
-        its = entry in told or (plain and entry.original.source in own)
+        its = entry in told or (_is_plain(entry) and entry.original.source in own)
         if not its and not entries.is_over(entry):
             yield entry
 
