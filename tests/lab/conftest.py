@@ -59,7 +59,7 @@ def _maker() -> Iterator[Callable[..., Lab]]:
         name = f"pwt-{os.getpid()}-{next(_numbers)}"
         made.append(name)
         lab = Lab.up(name, **options)
-        lab.wait()
+        lab.wait(120)
         return lab
 
     yield make
@@ -75,7 +75,7 @@ def left_of(name: str) -> list[str]:
     return found
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 120) -> None:
     """Until it comes true; asserts that it does in time."""
     deadline = time.monotonic() + seconds
     while not holds():
