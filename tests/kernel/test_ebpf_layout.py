@@ -128,7 +128,7 @@ def test_names_have_the_same_numbers(types, name):
 
 
 def test_what_travels_between_nodes_has_the_same_numbers():
-    text = (BPF / "overlay.h").read_text()
+    text = "".join((BPF / name).read_text() for name in ("overlay.h", "packet.h"))
     defined = dict(line.split()[1:3] for line in text.splitlines() if line.startswith("#define"))
     assert (int(defined["TAG_FIRST"]), int(defined["TAG_NONE"])) == (tags.FIRST, OVERLAY_ID)
     ports = {"vxlan": int(defined["VXLAN_PORT"]), "geneve": int(defined["GENEVE_PORT"])}
