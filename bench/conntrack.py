@@ -41,15 +41,12 @@ from podwire.services import (
     Frontend,
     FrontendKind,
     NodeFacts,
-    NodePortScope,
     ProxyConfig,
     ServicePort,
     ServicePortName,
-    ServiceTable,
-    Settings,
     backend,
 )
-from podwire.services.shared_map import SharedMap
+from tests.service_objects import service_table
 
 LIMIT = "net.netfilter.nf_conntrack_max"
 LOCK = "/run/lock/podwire-conntrack-max"
@@ -84,11 +81,7 @@ class Cluster:
             )
             for i, (address, backends) in enumerate(self.services.items())
         ]
-        config = ProxyConfig()
-        settings = Settings(
-            NodeFacts("n1", (NODE,)), config, (), {4: NodePortScope(), 6: NodePortScope()}
-        )
-        table = ServiceTable(settings, SharedMap().changed((port.name, port) for port in ports))
+        table = service_table(ports, NodeFacts("n1", (NODE,)), ProxyConfig())
         return Names(places, [parse_prefix("10.244.0.0/16")], [NODE], table, "n1")
 
     def entries(self, count: int) -> Iterator[Entry]:

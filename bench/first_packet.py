@@ -38,17 +38,15 @@ from podwire.services import (
     Frontend,
     FrontendKind,
     NodeFacts,
-    NodePortScope,
     ProxyConfig,
     ServicePort,
     ServicePortName,
     ServiceTable,
-    Settings,
     backend,
 )
-from podwire.services.shared_map import SharedMap
 from tests.conformance import service_packets as packets
 from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, World
+from tests.service_objects import service_table
 
 SIZES = (10, 1_000, 10_000, 30_000)
 ROUNDS, PER_ROUND = 100, 50
@@ -112,10 +110,7 @@ def table(services: int) -> ServiceTable:
         service_cidrs=(parse_prefix("10.96.0.0/16"),),
     )
     node = NodeFacts("node", (parse_address(NODE[4]),))
-    settings = Settings(
-        node, config, config.service_cidrs, {4: NodePortScope(), 6: NodePortScope()}
-    )
-    return ServiceTable(settings, SharedMap().changed((port.name, port) for port in ports))
+    return service_table(ports, node, config)
 
 
 def _packed(number: int) -> bytes:

@@ -25,8 +25,8 @@ from podwire.kernel import netns
 from podwire.kernel.bpf import Link, Program
 from podwire.net import Protocol, parse_address
 from podwire.nodes import RouteTable
+from tests.kernel.ebpf_services import make_port, make_table
 from tests.kernel.ebpf_world import NODE, UPLINK_MAC, World
-from tests.kernel.test_ebpf_services import make_port, make_table
 
 BACKEND = "192.168.9.77"
 """On the uplink's network; what arrives for it is counted and then dropped, for nobody has it."""

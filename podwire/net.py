@@ -85,6 +85,11 @@ def format_endpoint(address: Address, port: int) -> str:
     return f"{text}:{port}" if len(address) == 4 else f"[{text}]:{port}"
 
 
+def parse_mac(text: str) -> bytes:
+    """An Ethernet address of hexadecimal digits and colons. Raises ValueError."""
+    return bytes.fromhex(text.replace(":", ""))
+
+
 def link_local(mac: bytes) -> Address:
     """The IPv6 address that is made from a MAC by EUI-64 (RFC 4291, appendix A)."""
     return b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]

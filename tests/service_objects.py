@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hypothesis import strategies as st
 
@@ -13,17 +13,34 @@ from podwire.kube.store import Store
 from podwire.net import parse_address, parse_prefix
 from podwire.services import (
     DetectLocal,
+    Family,
     NodeFacts,
+    NodePortScope,
     ProxyConfig,
     ServiceCompiler,
+    ServicePort,
     ServiceTable,
+    Settings,
 )
+from podwire.services.shared_map import SharedMap
 
 CONFIG = ProxyConfig(
     detect_local=DetectLocal(prefixes=(parse_prefix("10.20.0.0/16"), parse_prefix("fd00:20::/32"))),
     service_cidrs=(parse_prefix("10.96.0.0/16"), parse_prefix("fd00:96::/112")),
 )
 NODE = NodeFacts("node-a", (parse_address("192.168.50.10"), parse_address("2001:db8:50::10")))
+
+
+def service_table(
+    ports: Iterable[ServicePort],
+    node: NodeFacts,
+    config: ProxyConfig = CONFIG,
+    scopes: Mapping[Family, NodePortScope] | None = None,
+) -> ServiceTable:
+    """A table of these ports; node ports are at every address of the node, unless told."""
+    scopes = scopes or {4: NodePortScope(), 6: NodePortScope()}
+    settings = Settings(node, config, config.service_cidrs, scopes)
+    return ServiceTable(settings, SharedMap().changed((port.name, port) for port in ports))
 
 
 def service(name: str = "web", *, ip: str = "10.96.0.1", created: str = "", **spec: object):

@@ -6,12 +6,12 @@ import contextlib
 
 from podwire.agent.options import Options
 from podwire.errors import ConfigError, InvalidObject
+from podwire.kube.labels import ZONE
 from podwire.kube.objects import Node
 from podwire.net import Address, Prefix, parse_addresses, parse_prefix
 from podwire.services import DetectLocal, NodeFacts, ProxyConfig
 
 POD_LINKS = "eni"  # how the host ends of pods' links begin in VPC mode
-_ZONE = "topology.kubernetes.io/zone"
 _EVICTING = "ToBeDeletedByClusterAutoscaler"
 
 
@@ -32,7 +32,7 @@ def pod_cidrs(node: Node) -> tuple[Prefix, ...]:
 
 def facts(node: Node) -> NodeFacts:
     """For the ServiceCompiler."""
-    return NodeFacts(node.metadata.name, internal_ips(node), node.metadata.labels.get(_ZONE, ""))
+    return NodeFacts(node.metadata.name, internal_ips(node), node.metadata.labels.get(ZONE, ""))
 
 
 def eligible(node: Node | None) -> bool:

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 from podwire.agent.control import Query
 from podwire.errors import InvalidObject
+from podwire.kube.labels import SERVICE_NAME
 from podwire.kube.objects import EndpointSlice, Service
 from podwire.kube.store import Store
 from podwire.net import Address, Protocol, format_address, parse_address
 from podwire.policy import Decision, Packet, PolicyTable
 from podwire.policy.explain import explain
 from podwire.policy.model import Key
-
-_SERVICE_LABEL = "kubernetes.io/service-name"
 
 
 class End(NamedTuple):
@@ -146,7 +145,7 @@ def _backends(
     for piece in store.all(EndpointSlice).values():
         if piece.metadata.namespace != namespace:
             continue
-        if piece.metadata.labels.get(_SERVICE_LABEL) != name:
+        if piece.metadata.labels.get(SERVICE_NAME) != name:
             continue
         for one in piece.ports or ():
             if (one.name or "") not in names or one.port is None:

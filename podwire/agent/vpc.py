@@ -33,6 +33,7 @@ from podwire.kernel import link, sysctl
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.kube import objects
 from podwire.kube.store import Store
+from podwire.net import parse_mac
 from podwire.wiring import Attachment, Key, Pod
 from podwire.wiring.eni import EniLinks
 from podwire.wiring.routed import RoutedWiring
@@ -218,7 +219,7 @@ class VpcMode:
         )
 
     def _find_uplink(self, instance: Instance) -> link.Link:
-        mac = bytes.fromhex(instance.primary_mac.replace(":", ""))
+        mac = parse_mac(instance.primary_mac)
         with NetlinkSocket() as sock:
             for each in link.dump(sock):
                 if each.mac == mac:

@@ -11,6 +11,7 @@ from typing import Any
 
 from podwire.cli import agents, conntrack_top
 from podwire.cli.conntrack_reader import Reader, choose
+from podwire.cli.conntrack_top import full_in
 from podwire.cli.output import print_json
 from podwire.net import format_endpoint, parse_address
 from podwire.terminal import paint, table
@@ -152,17 +153,6 @@ def _rate(value: float | None) -> str:
     if not value:
         return "-" if value is None else "0"
     return paint("yellow", f"{value:,.1f}")
-
-
-def full_in(answer: dict[str, Any]) -> str:
-    """When the table will be full, in words."""
-    seconds = answer["full_in_s"]
-    if seconds is None:
-        return "not filling"
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"full in {seconds / size:.0f} {unit}"
-    return paint("red", f"full in {seconds} seconds")
 
 
 # --- ls, watch ------------------------------------------------------------------------------------

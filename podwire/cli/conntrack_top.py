@@ -24,6 +24,7 @@ from podwire.terminal import paint, table, width
 GROUPS = ("pod", "service", "remote", "node", "state", "kind", "snat")
 _KEYS = {"p": "pod", "s": "service", "r": "remote", "n": "node", "t": "state", "k": "kind",
          "m": "snat"}  # fmt: skip
+_LOSSES = ("drop", "early_drop", "insert_failed", "connections_full", "ports_exhausted")
 _HELP = (
     "p pods  s services  r remotes  n nodes  t states  k kinds  m snat   o order  + - pace  q quit"
 )
@@ -103,20 +104,31 @@ def _cells(row: dict[str, Any], columns: _Columns, before: dict[str, int] | None
     return cells
 
 
+def full_in(answer: dict[str, Any]) -> str:
+    """When the table will be full, in words."""
+    seconds = answer["full_in_s"]
+    if seconds is None:
+        return "not filling"
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"full in {seconds / size:.0f} {unit}"
+    return paint("red", f"full in {seconds} seconds")
+
+
 def _head_lines(answer: dict[str, Any]) -> list[str]:
     """How full, how fast; what the entries are."""
     used, limit = answer["used"], answer["limit"]
     percent = 100 * used / limit if limit else 0
     colour = "red" if percent >= 80 else "yellow" if percent >= 60 else "green"
-    left = "" if answer["full_in_s"] is None else f", full in {answer['full_in_s']:,} s"
     losses = "  ".join(
         paint("red", f"{name} {answer['rates'][name]:,.1f}/s")
-        for name in ("drop", "early_drop", "insert_failed")
+        for name in _LOSSES
         if answer["rates"].get(name)
     )
     first = (
         f"{paint('bold', answer['source'])} {used:,} of {limit:,} "
-        f"{paint(colour, f'{percent:.1f} %')}  {answer['growth_per_s']:+,.1f}/s{left}  {losses}"
+        f"{paint(colour, f'{percent:.1f} %')}  {answer['growth_per_s']:+,.1f}/s, "
+        f"{full_in(answer)}  {losses}"
     )
     second = (
         f"translated {answer['translated']:,}  unreplied {answer['unreplied']:,}  "

@@ -25,6 +25,7 @@ from podwire.cni.protocol import INVALID_CONFIG, TRY_AGAIN, Call, CniError
 from podwire.cni.removal import Remover
 from podwire.cni.result import Result, encode, passed_on
 from podwire.errors import KernelError
+from podwire.net import parse_mac
 from podwire.wiring import Attachment, HostPorts, Meter, tuning
 from podwire.wiring.meters import ifb_name
 
@@ -213,7 +214,7 @@ class Addition:
 
     def _follow(self, work: _Work, changed: Mapping[str, str | int]) -> None:
         if "mac" in changed:
-            mac = bytes.fromhex(str(changed["mac"]).replace(":", ""))
+            mac = parse_mac(str(changed["mac"]))
             follow_mac(self._with, work.attachment.key, mac)
 
     def _let_through(self, work: _Work) -> None:

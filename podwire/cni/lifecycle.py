@@ -36,6 +36,7 @@ from podwire.cni.removal import Remover
 from podwire.cni.result import Interface, Ip, Result, decode, encode, passed_on
 from podwire.kernel import link, netns
 from podwire.kernel.netlink import NetlinkSocket
+from podwire.net import parse_mac
 from podwire.wiring import Attachment, Key, loopback, tuning
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class Lifecycle:
                 return
         tuning.change(known.saved, known.key.ifname, netns_fd)
         if "mac" in known.saved:
-            mac = bytes.fromhex(str(known.saved["mac"]).replace(":", ""))
+            mac = parse_mac(str(known.saved["mac"]))
             follow_mac(self._with, known.key, mac)
 
     # --- CHECK ------------------------------------------------------------------------------------

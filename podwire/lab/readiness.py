@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from podwire.errors import ApiError
+from podwire.kube.labels import SERVICE_NAME
 from podwire.lab.state import LabDir, Record
 
 Json: TypeAlias = dict[str, Any]
@@ -109,7 +110,7 @@ def _unlisted(lab: Lab, pods: Iterable[Json]) -> list[str]:
     named: dict[tuple[str, str], set[str]] = {}
     for endpoint_slice in lab.items("/apis/discovery.k8s.io/v1/endpointslices"):
         labels: Json = endpoint_slice["metadata"].get("labels") or {}
-        owner: str = labels.get("kubernetes.io/service-name", "")
+        owner: str = labels.get(SERVICE_NAME, "")
         names = named.setdefault((endpoint_slice["metadata"]["namespace"], owner), set())
         endpoints: list[Json] = endpoint_slice.get("endpoints") or []
         for endpoint in endpoints:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
+from podwire.kube.labels import HEADLESS, SERVICE_NAME, ZONE
 from podwire.kube.objects import EndpointSlice, Node, Service, ServiceCIDR
 from podwire.kube.store import ChangeSet
 from podwire.net import Address, Prefix, Protocol, disjoint, format_address
@@ -32,10 +33,6 @@ from podwire.services.table import ServiceTable
 
 Key: TypeAlias = tuple[str, str]
 Claim: TypeAlias = tuple[Family, Address, Protocol, int]
-
-_SERVICE_NAME = "kubernetes.io/service-name"
-_HEADLESS = "service.kubernetes.io/headless"
-_ZONE = "topology.kubernetes.io/zone"
 
 
 class _Rank(NamedTuple):
@@ -97,7 +94,7 @@ class ServiceCompiler:
         facts = node or self._settings.node
         for (_, name), change in changes.of(Node).items():
             if name == facts.name and change.new is not None:
-                zone = change.new.metadata.labels.get(_ZONE, "")
+                zone = change.new.metadata.labels.get(ZONE, "")
                 facts = NodeFacts(facts.name, facts.addresses, zone)
         for key, change in changes.of(ServiceCIDR).items():
             name = f"ServiceCIDR {key[1]}"
@@ -350,9 +347,9 @@ class ServiceCompiler:
 
 def _owner(slice_: EndpointSlice | None) -> Key | None:
     """The Service that a slice belongs to, if it is one that a proxy looks at."""
-    if slice_ is None or _HEADLESS in slice_.metadata.labels:
+    if slice_ is None or HEADLESS in slice_.metadata.labels:
         return None
-    name = slice_.metadata.labels.get(_SERVICE_NAME)
+    name = slice_.metadata.labels.get(SERVICE_NAME)
     return (slice_.metadata.namespace, name) if name else None
 
 

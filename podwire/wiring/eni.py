@@ -24,7 +24,7 @@ from podwire.kernel.monitor import Event
 from podwire.kernel.netlink import NetlinkSocket, Request
 from podwire.kernel.route import TABLE_MAIN, Route
 from podwire.kernel.rule import Rule
-from podwire.net import Address, Prefix, host_prefix
+from podwire.net import Address, Prefix, host_prefix, parse_mac
 from podwire.wiring import KERNEL_PROTOCOL
 from podwire.wiring.interference import taken_away
 
@@ -137,7 +137,7 @@ class EniLinks:
         return taken_away(event)
 
     def _find(self, eni: Eni) -> Link | None:
-        mac = bytes.fromhex(eni.mac.replace(":", ""))
+        mac = parse_mac(eni.mac)
         return next((each for each in link.dump(self._sock) if each.mac == mac), None)
 
     def _differences(self, eni: Eni, found: Link) -> list[Request]:

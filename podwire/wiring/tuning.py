@@ -8,6 +8,7 @@ from podwire.errors import KernelError
 from podwire.kernel import link, sysctl
 from podwire.kernel.link import IFF_ALLMULTI, IFF_PROMISC, Link
 from podwire.kernel.netlink import NetlinkSocket
+from podwire.net import parse_mac
 
 Value = str | int
 
@@ -79,7 +80,7 @@ def _apply(pod: NetlinkSocket, found: Link, wanted: Mapping[str, Value]) -> None
     pod.run(
         link.change(
             found.index,
-            mac=bytes.fromhex(str(get("mac", "")).replace(":", "")),
+            mac=parse_mac(str(get("mac", ""))),
             mtu=int(get("mtu", 0)),
             promisc=bool(wanted["promisc"]) if "promisc" in wanted else None,
             allmulti=bool(wanted["allmulti"]) if "allmulti" in wanted else None,

@@ -8,7 +8,6 @@ node b ─┘   └ behind b: a pod
 import contextlib
 import os
 import socket
-import threading
 import time
 import uuid
 
@@ -21,9 +20,9 @@ from podwire.datapath.ebpf.services import ServicesPart
 from podwire.errors import KernelError
 from podwire.kernel import netns
 from podwire.kernel.bpf import pins
-from podwire.net import Prefix, parse_address, parse_prefix
+from podwire.net import Prefix, parse_address, parse_mac, parse_prefix
 from podwire.nodes import RouteTable
-from tests.kernel.ebpf_world import ip_batch
+from tests.kernel.ebpf_spaces import Spaces
 
 CLIENT = {4: "198.18.0.9", 6: "fd18::9"}
 NODES = {"a": {4: "198.18.0.1", 6: "fd18::1"}, "b": {4: "198.18.0.2", 6: "fd18::2"}}
@@ -57,16 +56,11 @@ class Node:
         return self.programs.outcomes()
 
 
-class Nodes:
+class Nodes(Spaces):
     """Namespaces by name (`client`, `a`, `b`, `pod`); closed at the end of the test."""
 
     def __init__(self):
-        self.spaces = {name: netns.create() for name in ("fabric", "client", "a", "b", "pod")}
-        self._closing = contextlib.ExitStack()
-        for fd in self.spaces.values():
-            self._closing.callback(os.close, fd)
-            self.batch(fd, "link set lo up")
-            self.run(fd, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0")
+        super().__init__(("fabric", "client", "a", "b", "pod"))
         self.batch(self.spaces["fabric"], "link add br0 type bridge", "link set br0 up")
         for name in MACS:
             self._plug(name)
@@ -76,12 +70,6 @@ class Nodes:
                 self.run(self.spaces[name], "sysctl", "-qw", f"net.{key}=1")
             self.run(self.spaces[name], "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=2")
         self._known()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._closing.close()
 
     def start(self, name, balancing=None):
         """The data path of node `name`, which knows the other node."""
@@ -105,7 +93,7 @@ class Nodes:
         )
         if name == "b":
             addresses = tuple(parse_address(text) for text in POD.values())
-            macs = [bytes.fromhex(mac.replace(":", "")) for mac in (HOST_MAC, POD_MAC)]
+            macs = map(parse_mac, (HOST_MAC, POD_MAC))
             pods = EbpfPods(node.programs)
             pods.add(PodLink(self.ifindex("b", "pod0"), *macs, addresses))
         return node
@@ -114,14 +102,6 @@ class Nodes:
     def _unpin(pin):
         if (pins.ROOT / "podwire" / pin).exists():
             pins.remove(pins.ROOT / "podwire" / pin)
-
-    def run(self, space, *command):
-        done = netns.run(space, command, timeout_s=20)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def batch(self, space, *lines):
-        ip_batch(space, lines)
 
     def ifindex(self, space, name):
         return netns.call(self.spaces[space], lambda: socket.if_nametoindex(name))
@@ -188,37 +168,15 @@ class Nodes:
 
     def serve(self, space, address, port, kind=socket.SOCK_STREAM):
         """Answer every message with the client's address and the same again (see `ask`)."""
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listener = netns.socket(self.spaces[space], family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
+
+        def talk(client, seen):
+            while True:
+                _send(client, f"{seen} ".encode() + _receive(client))
+
         if kind == socket.SOCK_STREAM:
-            listener.listen(64)
-
-        def talk(client, peer):
-            with contextlib.suppress(OSError), client:
-                while True:
-                    _send(client, f"{peer[0]} ".encode() + _receive(client))
-
-        def loop():
-            with contextlib.suppress(OSError):
-                while True:
-                    if kind == socket.SOCK_STREAM:
-                        threading.Thread(target=talk, args=listener.accept(), daemon=True).start()
-                    else:
-                        data, peer = listener.recvfrom(65536)
-                        if peer is None:
-                            return
-                        listener.sendto(f"{peer[0]} ".encode() + data, peer)
-
-        threading.Thread(target=loop, daemon=True).start()
-
-        def stop():
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-
-        self._closing.callback(stop)
+            self.accept(space, address, port, talk)
+        else:
+            self.answer(space, address, port, lambda data, seen: f"{seen} ".encode() + data)
 
     def connect(self, address, port, kind=socket.SOCK_STREAM, *, space="client", source_port=0):
         """A connected socket of the client; the caller closes it."""

@@ -3,17 +3,18 @@
 pod1, pod2 ── node ── outside (a client, and pods of another node)
 """
 
-import contextlib
 import os
-import re
 import socket
-import threading
 import uuid
 
-from podwire.kernel import netns, route
+import pytest
+
+from podwire.datapath.ebpf.pods import PodLink
+from podwire.datapath.ebpf.programs import missing
+from podwire.kernel import netns
 from podwire.kernel.bpf import pins
-from podwire.kernel.netlink import NetlinkSocket
-from podwire.net import parse_address
+from podwire.net import parse_address, parse_mac
+from tests.kernel.ebpf_spaces import Spaces
 
 GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
 NODE = {4: "192.168.9.10", 6: "fd09::10"}
@@ -26,29 +27,19 @@ UPLINK_MAC = ("02:00:00:00:03:01", "02:00:00:00:03:02")
 HOST_MAC = {n: f"02:00:00:00:02:{n:02x}" for n in _NUMBERS}
 
 
-def ip_batch(space, lines):
-    """Commands of ip(8) in a namespace; returns when the addresses they add take packets."""
-    done = netns.run(space, ["ip", "-batch", "-"], stdin="\n".join(lines), timeout_s=20)
-    assert done.returncode == 0, done.stderr
-    added = re.findall(r"^addr add ([0-9a-f:]+)/", "\n".join(lines), re.M)
-    if added:
-        with NetlinkSocket(netns_fd=space) as sock:
-            route.await_local(sock, map(parse_address, added))
+NEEDS_EBPF = pytest.mark.skipif(
+    bool(missing()), reason=f"no eBPF data path here: {', '.join(missing())}"
+)
 
 
-class World:
+class World(Spaces):
     """Namespaces by name (`node`, `outside`, `pod1`…); closed at the end of the test."""
 
     def __init__(self, pods=2):
         self.name = f"pwt-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         numbers = range(1, pods + 1)
         names = ("node", "outside", *(f"pod{number}" for number in numbers))
-        self.spaces = {name: netns.create() for name in names}
-        self._closing = contextlib.ExitStack()
-        for fd in self.spaces.values():
-            self._closing.callback(os.close, fd)
-            self.batch(fd, "link set lo up")
-            self.run(fd, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0")
+        super().__init__(names)
         self._wire_uplink()
         for number in numbers:
             self._wire_pod(number)
@@ -62,22 +53,11 @@ class World:
         ):
             self.run(node, "sysctl", "-qw", f"{key}={value}")
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        self._closing.close()
+        super().__exit__()
         folder = pins.ROOT / "podwire" / self.name
         if folder.exists():
             pins.remove(folder)
-
-    def run(self, space, *command):
-        done = netns.run(space, command, timeout_s=20)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def batch(self, space, *lines):
-        ip_batch(space, lines)
 
     def _wire_uplink(self):
         node, outside = self.spaces["node"], self.spaces["outside"]
@@ -134,69 +114,43 @@ class World:
             f"route add default via {GATEWAY[6]} dev eth0 onlink",
         )
 
+    def pod_link(self, number, *more, with_sockets=False):
+        """What the agent tells eBPF of a pod, which may have `more` addresses.
+
+        With its sockets Services are balanced at the socket where cgroups allow it.
+        """
+        space = f"/proc/{os.getpid()}/fd/{self.spaces[f'pod{number}']}"
+        return PodLink(
+            self.ifindex(f"pod{number}"),
+            parse_mac(HOST_MAC[number]),
+            parse_mac(MAC[number]),
+            tuple(map(parse_address, (*POD[number].values(), *more))),
+            space if with_sockets else "",
+        )
+
     def ifindex(self, name):
         return netns.call(self.spaces["node"], lambda: socket.if_nametoindex(name))
 
     def serve(self, space, address, port, kind=socket.SOCK_STREAM):
-        """Answer every client with the address that the server sees; ends with the world."""
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listener = netns.socket(self.spaces[space], family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
+        """Answer every client with the address that the server sees."""
+
+        def talk(client, seen):
+            client.recv(100)
+            client.sendall(f"{address} {seen}".encode())
+
         if kind == socket.SOCK_STREAM:
-            listener.listen(64)
-
-        def loop():
-            with contextlib.suppress(OSError):
-                while True:
-                    if kind == socket.SOCK_STREAM:
-                        client, peer = listener.accept()
-                        with client:
-                            client.recv(100)
-                            client.sendall(f"{address} {peer[0]}".encode())
-                    else:
-                        _, peer = listener.recvfrom(2000)
-                        if peer is None:
-                            return
-                        listener.sendto(f"{address} {peer[0]}".encode(), peer)
-
-        thread = threading.Thread(target=loop, daemon=True)
-        thread.start()
-
-        def stop():
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-
-        self._closing.callback(stop)
+            self.accept(space, address, port, talk)
+        else:
+            self.answer(space, address, port, lambda _, seen: f"{address} {seen}".encode())
 
     def echo(self, space, address, port):
-        """Send back whatever comes, on any number of TCP connections."""
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listener = netns.socket(self.spaces[space], family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
-        listener.listen(64)
+        """Send back whatever comes on TCP connections."""
 
-        def serve(client):
-            with contextlib.suppress(OSError), client:
-                while data := client.recv(65536):
-                    client.sendall(data)
+        def talk(client, _):
+            while data := client.recv(65536):
+                client.sendall(data)
 
-        def accept():
-            with contextlib.suppress(OSError):
-                while True:
-                    client = listener.accept()[0]
-                    threading.Thread(target=serve, args=(client,), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-
-        def stop():
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-
-        self._closing.callback(stop)
+        self.accept(space, address, port, talk)
 
     def observe(self, space, address, port, kind=socket.SOCK_STREAM, *, tries=12, **options):
         """What many clients saw: ``(server, client)`` pairs, ``refused`` or ``silence``."""

@@ -18,7 +18,7 @@ import time
 import msgspec
 
 from podwire.datapath.ebpf.layout import Phase
-from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.pods import EbpfPods
 from podwire.datapath.ebpf.policy import PolicyPart
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
@@ -27,10 +27,10 @@ from podwire.kube.objects import Namespace, NetworkPolicy, Node, Pod
 from podwire.kube.store import Store
 from podwire.net import Protocol, parse_address
 from podwire.policy import Attachment, PolicyCompiler
-from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, OUTSIDE, POD
-from tests.kernel.test_ebpf_policy import pod, policy
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
-from tests.kernel.test_ebpf_upgrade import Talk
+from tests.kernel.ebpf_agent import Talk
+from tests.kernel.ebpf_policies import pod, policy
+from tests.kernel.ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_world import NODE, OUTSIDE, POD
 
 OPEN, SHUT = 80, 81
 PAUSE_S = 0.003  # or the agents would get none of the machine
@@ -136,10 +136,7 @@ class Agent:
             self.programs.attach(Phase.SERVING)
 
     def _link(self, n):
-        macs = (bytes.fromhex(each[n].replace(":", "")) for each in (HOST_MAC, MAC))
-        path = f"/proc/{os.getpid()}/fd/{self.world.spaces[f'pod{n}']}"
-        addresses = tuple(parse_address(text) for text in POD[n].values())
-        return PodLink(self.links[n], *macs, addresses, path)
+        return self.world.pod_link(n, with_sockets=True)
 
     def _attach(self, n):
         addresses = tuple(parse_address(text) for text in POD[n].values())

@@ -25,8 +25,6 @@ from podwire.kernel.bpf import (
     pins,
 )
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
 SOURCE = """
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>

@@ -9,19 +9,14 @@ import pytest
 from podwire.cli.main import main
 from podwire.datapath.ebpf import inspect
 from podwire.datapath.ebpf.layout import VERSION
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
-from podwire.kernel.bpf import features, pins
+from podwire.kernel.bpf import pins
 from podwire.net import Protocol
-from tests.kernel.ebpf_world import POD, World
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, POD, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 
 @pytest.fixture(scope="module")

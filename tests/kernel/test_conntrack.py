@@ -39,8 +39,8 @@ from podwire.kernel.ctnetlink import Entry, Events, Filter, Status, Table
 from podwire.kernel.ctnetlink.filters import abilities
 from podwire.net import Protocol
 from podwire.services import ServiceTable
+from tests.kernel.ebpf_services import VIP, make_port, make_table
 from tests.kernel.ebpf_world import POD, World
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
 from tests.unit.conntrack.worlds import (
     CLIENT,
     DNS,

@@ -1,28 +1,19 @@
 """How long a silent connection is remembered, by what its two ends have sent."""
 
-import os
 import struct
-import time
 
 import pytest
 
-from podwire.datapath.ebpf.layout import CONNECTION
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
-from podwire.kernel.bpf import features
 from podwire.net import Protocol
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_world import POD, REMOTE, World
-from tests.kernel.test_ebpf_programs import NEXT, run
-from tests.kernel.test_ebpf_programs import sctp as sctp_packet
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_runs import NEXT, grow_older, run, write_aged
+from tests.kernel.ebpf_runs import sctp as sctp_packet
+from tests.kernel.ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, POD, REMOTE, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 CLIENT, SERVER, SERVICE = POD[1][4], POD[2][4], VIP[4]
 FIN, SYN, RST, ACK = 1, 2, 4, 16
@@ -105,19 +96,6 @@ def send(world, make, side, what):
         assert run(world, make(CLIENT, SERVICE, (5000, 80), what))[0] == NEXT
     else:
         run(world, make(SERVER, CLIENT, (80, 5000), what), "pod2")
-
-
-def write_aged(world, entries, seconds):
-    """Entries as if all had been seen so long ago."""
-    now_s = int(time.monotonic())
-    for key, value in entries.items():
-        to, _, *rest = CONNECTION.unpack(value)
-        seen_s = (now_s - seconds) % (1 << 32)
-        world.programs.growing["connections"].map.update(key, CONNECTION.pack(to, seen_s, *rest))
-
-
-def grow_older(world, seconds):
-    write_aged(world, dict(world.programs.growing["connections"].map.items()), seconds)
 
 
 def lifetime(world, longest=2 * DAY):

@@ -11,14 +11,11 @@ from podwire.datapath.ebpf.layout import MEMBER_KEY, NUMBER, Phase, mapped
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.kernel.bpf import Link, pins
 from podwire.net import parse_address
-from tests.kernel.ebpf_world import NODE, POD, World
-from tests.kernel.test_ebpf_services import VIP
-from tests.kernel.test_ebpf_upgrade import Talk, agent
+from tests.kernel.ebpf_agent import Talk, agent
+from tests.kernel.ebpf_services import VIP
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(programs.missing()), reason="no eBPF data path here"),
-]
+pytestmark = NEEDS_EBPF
 DIED = 9
 
 

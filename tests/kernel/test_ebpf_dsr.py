@@ -12,35 +12,26 @@ import pytest
 
 from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.layout import CONNECTION
-from podwire.datapath.ebpf.programs import OBJECTS
 from podwire.datapath.ebpf.services import ServicesPart
-from podwire.kernel import ethtool, netns
-from podwire.kernel.bpf import features
+from podwire.kernel import ethtool
 from podwire.net import Protocol, parse_address, parse_prefix
 from podwire.services import (
     DetectLocal,
     Frontend,
     FrontendKind,
     NodeFacts,
-    NodePortScope,
     ProxyConfig,
     ServicePort,
     ServicePortName,
-    ServiceTable,
-    Settings,
     backend,
 )
-from podwire.services.shared_map import SharedMap
 from tests.conformance import service_packets as packets
 from tests.kernel.ebpf_nodes import CLIENT, MACS, NODES, POD, POD_CIDRS, VIP, Nodes, ask, fill_up
-from tests.kernel.test_ebpf_programs import assert_sound
+from tests.kernel.ebpf_runs import assert_sound, make_frame, run_tcx, run_xdp
+from tests.kernel.ebpf_world import NEEDS_EBPF
+from tests.service_objects import service_table
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
 DROP, REDIRECT, TX, XDP_DROP = 2, 7, 3, 1
@@ -71,8 +62,7 @@ def make_table(node, ports, more=()):
     config = ProxyConfig(detect_local=DetectLocal(prefixes=prefixes))
     texts = (*NODES[node].values(), *more)
     facts = NodeFacts(node, tuple(parse_address(text) for text in texts))
-    settings = Settings(facts, config, (), {4: NodePortScope(), 6: NodePortScope()})
-    return ServiceTable(settings, SharedMap().changed((port.name, port) for port in ports))
+    return service_table(ports, facts, config)
 
 
 BOTH = [(family, kind) for family in (4, 6) for kind in (TCP, UDP)]
@@ -289,21 +279,12 @@ def test_nodes_change_their_mode_one_by_one_and_no_connection_breaks(generic_xdp
 
 def run(world, node, packet, name="from_network"):
     """``(verdict, IP packet)`` of a packet that comes in from the network."""
-    kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
-    macs = bytes.fromhex((MACS[node] + MACS["client"]).replace(":", ""))
-    frame = macs + struct.pack(">H", kind) + packet
-    uplink = world.ifindex(node, "up0")
+    frame = make_frame(packet, (MACS[node], MACS["client"]))
+    at = world.spaces[node], getattr(world, node).programs.program(name)
     if name == "from_driver":
-        context = struct.pack("=IIIIII", 0, len(frame), 0, uplink, 0, 0)
-    else:
-        context = bytes(40) + struct.pack("=I", uplink) + bytes(148)  # __sk_buff.ifindex
-    program = getattr(world, node).programs.program(name)
-
-    def body():
-        return program.test_run(frame, context=context)
-
-    done = netns.call(world.spaces[node], body)
-    return done.value, done.data[14:]
+        verdict, out = run_xdp(*at, world.ifindex(node, "up0"), frame)
+        return verdict, out[14:]
+    return run_tcx(*at, world.ifindex(node, "up0"), frame)
 
 
 def with_option(packet, service, port):

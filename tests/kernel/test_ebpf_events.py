@@ -1,32 +1,21 @@
 """What eBPF tells of policies: who denied, how often, also after a flood and a restart."""
 
-import os
 import socket
 import time
 
-import msgspec
 import pytest
 
 from podwire.agent import policy_drops
 from podwire.datapath.ebpf.events import EVENTS_PER_SECOND, EventReader
 from podwire.datapath.ebpf.layout import Reason
 from podwire.datapath.ebpf.policy import PolicyPart
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel import netns
-from podwire.kernel.bpf import features
-from podwire.kube.objects import Namespace, NetworkPolicy, Node
-from podwire.kube.store import Store
-from podwire.net import Protocol, format_address, parse_address
-from podwire.policy import Attachment, PolicyCompiler
-from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, World
-from tests.kernel.test_ebpf_policy import pod, policy
+from podwire.net import Protocol, format_address
+from tests.kernel.ebpf_policies import enforce, policy, populate
+from tests.kernel.ebpf_world import NEEDS_EBPF, POD, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 CLOSED = {"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Ingress"]}
 OPEN_80 = {**CLOSED, "ingress": [{"ports": [{"port": 80}]}]}
@@ -44,15 +33,7 @@ class Node1:
         programs = programs or Programs(self.world.name, self.world.spaces["node"])
         self.part = PolicyPart(programs=programs)
         self.part.start()
-        self.store, self.compiler = Store(), PolicyCompiler("node")
-        for name, address in (("node", NODE), ("other", OUTSIDE)):
-            status = {"addresses": [{"type": "InternalIP", "address": a} for a in address.values()]}
-            self.store.put(msgspec.convert({"metadata": {"name": name}, "status": status}, Node))
-        self.store.put(msgspec.convert({"metadata": {"name": "x"}}, Namespace))
-        for number, name, app in ((1, "one", "web"), (2, "two", "client")):
-            self.store.put(pod(name, "node", POD[number], app=app))
-            addresses = tuple(parse_address(text) for text in POD[number].values())
-            self.compiler.attach(Attachment(("x", name), f"pod{number}", addresses))
+        populate(self)
         self.reader = EventReader(self.part._programs)
 
     def stop(self):
@@ -60,12 +41,7 @@ class Node1:
         self.part._programs.close()
 
     def enforce(self, *policies):
-        for key in list(self.store.all(NetworkPolicy)):
-            self.store.remove(NetworkPolicy, key)
-        for one in policies:
-            self.store.put(one)
-        self.table = self.compiler.update(self.store.take())
-        self.part.apply(self.table)
+        self.table = enforce(self, *policies)
 
     def told(self):
         """The events that wait, as `podwire policy drops` has them."""

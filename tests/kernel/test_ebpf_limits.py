@@ -1,9 +1,7 @@
 """Maps of the eBPF data path driven to full: told before, named when, and traffic goes on."""
 
 import asyncio
-import os
 import socket
-import time
 
 import pytest
 
@@ -12,28 +10,22 @@ from podwire.agent.metrics import Metrics
 from podwire.conntrack.ebpf import EbpfSource
 from podwire.conntrack.inspector import PRESSURE
 from podwire.datapath.ebpf.fill import Pressure, measure
-from podwire.datapath.ebpf.layout import CONNECTION, MEMBER_KEY, mapped
-from podwire.datapath.ebpf.pods import EbpfPods, PodLink
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.layout import MEMBER_KEY, mapped
+from podwire.datapath.ebpf.pods import EbpfPods
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.errors import KernelError
-from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address
 from tests.conformance import service_packets as packets
+from tests.kernel.ebpf_node import whole_node
 from tests.kernel.ebpf_nodes import fill_up
-from tests.kernel.ebpf_world import HOST_MAC, MAC, OUTSIDE, POD, REMOTE, World
+from tests.kernel.ebpf_policies import policy
+from tests.kernel.ebpf_runs import DROP, REDIRECT, grow_older, run
+from tests.kernel.ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, OUTSIDE, POD, REMOTE, World
 from tests.kernel.test_ebpf_events import CLOSED, Node1
-from tests.kernel.test_ebpf_hostile import Node
-from tests.kernel.test_ebpf_policy import policy
-from tests.kernel.test_ebpf_programs import DROP, REDIRECT, run
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 ROOM = {
     "endpoints": 5, "affinities": 10, "connections": 128, "rulings": 4, "doomed": 2, "prefixes": 8,
@@ -53,13 +45,6 @@ def world():
         made.programs.close()
 
 
-def pod_link(world, number, *addresses):
-    macs = (bytes.fromhex(m[number].replace(":", "")) for m in (HOST_MAC, MAC))
-    return PodLink(
-        world.ifindex(f"pod{number}"), *macs, tuple(parse_address(text) for text in addresses)
-    )
-
-
 def ask(world, client, number):
     """The verdict on the first packet of a client of the Service."""
     packet = packets.first(client, VIP[4], Protocol.UDP, (2000 + number, 80), number)
@@ -70,18 +55,18 @@ def test_a_pod_too_many_is_refused_by_name_and_the_others_go_on(world):
     pods = EbpfPods(world.programs)
     pods.start()
     world.serve("pod1", POD[1][4], 80)
-    pods.add(pod_link(world, 1, *POD[1].values()))
+    pods.add(world.pod_link(1))
     assert world.full() == []
-    many = pod_link(world, 2, *POD[2].values(), "10.244.0.8", "10.244.0.9")
+    many = world.pod_link(2, "10.244.0.8", "10.244.0.9")
     with pytest.raises(KernelError, match="map endpoints is full: it has room for 5 entries"):
         pods.add(many)
     before = len(list(world.programs.maps["endpoints"].items()))
     assert before == 2, "nothing of the pod is left"
-    pods.add(pod_link(world, 2, *POD[2].values()))
+    pods.add(world.pod_link(2))
     (fill,) = world.full()
     assert str(fill) == "eBPF map endpoints is 80% full (4 of 5): pods beyond it cannot be added"
     assert world.ask("pod2", POD[1][4], 80)[0] == POD[1][4]
-    pods.replace([many, pod_link(world, 1, *POD[1].values())])
+    pods.replace([many, world.pod_link(1)])
     assert world.ask("node", POD[1][4], 80)[0] == POD[1][4]
 
 
@@ -97,7 +82,7 @@ def test_the_agent_tells_of_it_in_status_log_and_metrics(world, caplog):
 
     watch, pods = MapWatch(world.programs), EbpfPods(world.programs)
     pods.start()
-    pods.add(pod_link(world, 1, *POD[1].values(), "10.244.0.8", "10.244.0.9"))
+    pods.add(world.pod_link(1, "10.244.0.8", "10.244.0.9"))
 
     async def run():
         task = asyncio.create_task(watch.run(Agent))
@@ -136,7 +121,7 @@ def test_the_connection_table_is_told_before_it_is_full_and_drops_only_what_is_n
     source = EbpfSource(world.programs)
     told = 0
     for number in range(64):
-        set_age(world, 0)
+        grow_older(world, 0)
         world.programs.connections.maintain()
         usage = source.usage()
         assert usage.limit == 64
@@ -161,24 +146,16 @@ def test_a_full_table_forgets_first_what_is_silent_and_over(world):
     for number in range(63):
         assert ask(world, "198.51.100.1", number) == REDIRECT
     assert ask(world, "198.51.100.1", 63) == DROP
-    set_age(world, 0)
+    grow_older(world, 0)
     world.programs.connections.maintain()
     assert ask(world, "198.51.100.1", 63) == DROP, "all that is there is young"
     assert world.programs.connections.filling
-    set_age(world, 5)
+    grow_older(world, 5)
     world.programs.connections.maintain()
     assert ask(world, "198.51.100.1", 63) == REDIRECT
     lost = EbpfSource(world.programs).statistics()
     assert lost == {"connections_full": 2, "ports_exhausted": 0, "early_drop": 63}
     assert open_flow in [flow for flow, _ in world.programs.connections.items()]
-
-
-def set_age(world, seconds):
-    """Of all entries: however long the test takes."""
-    table = world.programs.growing["connections"].map
-    now = int(time.monotonic()) - seconds
-    entries = ((key, CONNECTION.unpack(value)) for key, value in list(table.items()))
-    table.update_batch((key, CONNECTION.pack(to, now, *rest)) for key, (to, _, *rest) in entries)
 
 
 def shake_hands(world):
@@ -208,10 +185,8 @@ def shake_hands(world):
 
 @pytest.fixture(scope="module")
 def node():
-    with World() as made:
-        whole = Node(made)
-        yield whole
-        whole.services.cleanup()
+    with whole_node() as made:
+        yield made
 
 
 def begin_by_masquerade(node):

@@ -1,6 +1,5 @@
 """Maglev in the kernel: where a client goes follows from the client and the backends alone."""
 
-import os
 from array import array
 from contextlib import closing
 
@@ -9,22 +8,16 @@ import pytest
 from podwire.datapath.ebpf import maglev
 from podwire.datapath.ebpf.balancing import Balancing
 from podwire.datapath.ebpf.layout import mapped
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.datapath.ebpf.spelling import table_room
-from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_world import NODE, POD, World
-from tests.kernel.test_ebpf_programs import run
-from tests.kernel.test_ebpf_services import EXTERNAL, VIP, make_port, make_table
+from tests.kernel.ebpf_runs import run
+from tests.kernel.ebpf_services import EXTERNAL, VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 CLIENT = {4: "198.51.100.9", 6: "fd51::9"}
 SIZE = 1021

@@ -11,21 +11,14 @@ from podwire.datapath.ebpf import migration, pinned, programs
 from podwire.datapath.ebpf.layout import CONNECTION, VERSION, Phase
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
-from podwire.kernel.bpf import features
-from tests.kernel.ebpf_world import NODE, POD, World
-from tests.kernel.test_ebpf_services import VIP, make_table
-from tests.kernel.test_ebpf_upgrade import Talk, agent, ports
+from tests.kernel.ebpf_agent import Talk, agent, ports
+from tests.kernel.ebpf_services import VIP, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD, World
 
 CLANG = next(filter(None, map(shutil.which, ("clang-19", "clang-18", "clang"))), None)
 BPF = Path(__file__).parents[2] / "bpf"
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(CLANG is None, reason="no clang"),
-    pytest.mark.skipif(bool(programs.missing()), reason="no eBPF data path here"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = [NEEDS_EBPF, pytest.mark.skipif(CLANG is None, reason="no clang")]
 
 OLDER = VERSION - 1
 ROOM = 8  # bytes that the older entry of a connection had more

@@ -5,7 +5,6 @@ tunnel, with a plain collect-metadata device and routes whose keys say what the 
 """
 
 import contextlib
-import os
 import socket
 import struct
 
@@ -14,12 +13,11 @@ import pytest
 
 from podwire.datapath.ebpf.nodes import NodesPart
 from podwire.datapath.ebpf.overlay import OverlayPart
-from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.pods import EbpfPods
 from podwire.datapath.ebpf.policy import PolicyPart
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
-from podwire.kernel.bpf import features
 from podwire.kube.objects import ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, Pod
 from podwire.kube.store import Store
 from podwire.net import Protocol, parse_address
@@ -28,15 +26,10 @@ from podwire.nodes.compiler import tunnel_mac
 from podwire.policy import Attachment, Packet, PolicyCompiler, Verdict
 from podwire.policy.tags import tag
 from podwire.wiring.routes import NodeRoutes
-from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, OUTSIDE, POD, REMOTE, World
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, OUTSIDE, POD, REMOTE, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 OVERLAY_DEVICE = OVERLAY_DEVICES["vxlan"]
 CLUSTER = "8f1c5a1e-0000-4000-8000-000000000001"
@@ -140,14 +133,7 @@ class Overlay(World):
     def _pods(self):
         pods = EbpfPods(self.programs)
         pods.start()
-        pods.replace(
-            PodLink(
-                self.ifindex(f"pod{n}"),
-                *(bytes.fromhex(macs[n].replace(":", "")) for macs in (HOST_MAC, MAC)),
-                tuple(map(parse_address, POD[n].values())),
-            )
-            for n in (1, 2)
-        )
+        pods.replace(self.pod_link(n) for n in (1, 2))
 
     def send_as(self, tag, *, outer=OUTSIDE):
         """What the other node says of what it sends from now on."""

@@ -1,6 +1,5 @@
 """Pods that no policy concerns: no entries for their TCP, none the worse when a policy comes."""
 
-import os
 import socket
 import struct
 
@@ -11,23 +10,17 @@ from podwire.conntrack.inspector import Inspector
 from podwire.conntrack.names import Names
 from podwire.datapath.ebpf import pinned
 from podwire.datapath.ebpf.connections import Connections
-from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.pods import EbpfPods
 from podwire.datapath.ebpf.policy import PolicyPart
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
-from podwire.kernel.bpf import features
-from podwire.net import Protocol, parse_address
-from tests.kernel.ebpf_world import HOST_MAC, MAC, POD, World
-from tests.kernel.test_ebpf_policy import enforce, policy, populate
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
+from podwire.net import Protocol
+from tests.kernel.ebpf_policies import enforce, policy, populate
+from tests.kernel.ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, POD, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 CLOSED = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 CLOSED_WEB = {"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Ingress"]}
@@ -37,15 +30,7 @@ def start(world):
     """The parts of an agent that starts: it knows pods first and policies then."""
     world.programs = Programs(world.name, world.spaces["node"])
     world.programs.enable("pods", "policy", "services")
-    EbpfPods(world.programs).replace(
-        PodLink(
-            world.ifindex(f"pod{n}"),
-            *(bytes.fromhex(mac[n].replace(":", "")) for mac in (HOST_MAC, MAC)),
-            tuple(map(parse_address, POD[n].values())),
-            f"/proc/{os.getpid()}/fd/{world.spaces[f'pod{n}']}",
-        )
-        for n in (1, 2)
-    )
+    EbpfPods(world.programs).replace(world.pod_link(n, with_sockets=True) for n in (1, 2))
     world.part = PolicyPart(programs=world.programs)
 
 

@@ -1,30 +1,19 @@
 """Pods on eBPF: direct delivery, no borrowed addresses, masquerade of what leaves the cluster."""
 
-import os
 import socket
 
 import pytest
 
 from podwire.datapath.ebpf.layout import Reason
 from podwire.datapath.ebpf.nodes import NodesPart
-from podwire.datapath.ebpf.pods import EbpfPods, PodLink
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.pods import EbpfPods
+from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel import netns
-from podwire.kernel.bpf import features
 from podwire.net import parse_address, parse_prefix
 from podwire.nodes import RouteTable
-from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, OUTSIDE, POD, REMOTE, World
+from tests.kernel.ebpf_world import HOST_MAC, MAC, NEEDS_EBPF, NODE, OUTSIDE, POD, REMOTE, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
-
-
-def mac(text):
-    return bytes.fromhex(text.replace(":", ""))
+pytestmark = NEEDS_EBPF
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +25,7 @@ def world():
         def start():
             pods.start()
             nodes.start()
-            pods.replace(
-                PodLink(
-                    socket.if_nametoindex(f"pod{n}"),
-                    mac(HOST_MAC[n]),
-                    mac(MAC[n]),
-                    tuple(parse_address(text) for text in POD[n].values()),
-                )
-                for n in (1, 2)
-            )
+            pods.replace(made.pod_link(n) for n in (1, 2))
             nodes.apply(
                 RouteTable(
                     "node",

@@ -1,61 +1,21 @@
 """Policies on eBPF with real sockets: what connects is what the table's evaluator says."""
 
-import os
 import socket
 
-import msgspec
 import pytest
 
 from podwire.datapath.ebpf.policy import PolicyPart
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel import netns
-from podwire.kernel.bpf import features
-from podwire.kube.objects import Namespace, NetworkPolicy, Node, Pod
-from podwire.kube.store import Store
 from podwire.net import Protocol, parse_address
-from podwire.policy import Attachment, Packet, PolicyCompiler, Verdict
-from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, World
+from podwire.policy import Packet, Verdict
+from tests.kernel.ebpf_policies import enforce, policy, populate
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, OUTSIDE, POD, REMOTE, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
 OPEN = [80, 81, 8016, 8017]
-
-
-def pod(name, node, addresses, **labels):
-    return msgspec.convert(
-        {
-            "metadata": {"name": name, "namespace": "x", "labels": labels},
-            "spec": {"nodeName": node},
-            "status": {"phase": "Running", "podIPs": [{"ip": ip} for ip in addresses.values()]},
-        },
-        Pod,
-    )
-
-
-def policy(name, spec, **annotations):
-    metadata = {"name": name, "namespace": "x", "annotations": annotations}
-    return msgspec.convert({"metadata": metadata, "spec": spec}, NetworkPolicy)
-
-
-def populate(world):
-    """Two pods here and one elsewhere, as the API would show them."""
-    world.store, world.compiler = Store(), PolicyCompiler("node")
-    for name, address in (("node", NODE), ("other", OUTSIDE)):
-        status = {"addresses": [{"type": "InternalIP", "address": a} for a in address.values()]}
-        world.store.put(msgspec.convert({"metadata": {"name": name}, "status": status}, Node))
-    world.store.put(msgspec.convert({"metadata": {"name": "x"}}, Namespace))
-    world.store.put(pod("one", "node", POD[1], app="web"))
-    world.store.put(pod("two", "node", POD[2], app="client"))
-    world.store.put(pod("far", "other", REMOTE, app="client"))
-    for number, name in ((1, "one"), (2, "two")):
-        addresses = tuple(parse_address(text) for text in POD[number].values())
-        world.compiler.attach(Attachment(("x", name), f"pod{number}", addresses))
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +31,6 @@ def world():
                         made.serve(space, addresses[family], port, kind)
         yield made
         made.part.cleanup()
-
-
-def enforce(world, *policies):
-    for key in list(world.store.all(NetworkPolicy)):
-        world.store.remove(NetworkPolicy, key)
-    for one in policies:
-        world.store.put(one)
-    table = world.compiler.update(world.store.take())
-    world.part.apply(table)
-    return table
 
 
 SOURCES = {"pod1": POD[1], "pod2": POD[2], "node": NODE, "outside": OUTSIDE}

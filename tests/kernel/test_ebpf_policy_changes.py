@@ -1,20 +1,14 @@
 """A policy changes: every packet is judged by all of it or by none, at each write to a map."""
 
-import os
-
 import pytest
 
-from podwire.datapath.ebpf import programs
 from podwire.kernel.bpf import Map, maps
 from podwire.kube.objects import NetworkPolicy
-from tests.kernel.ebpf_world import World
-from tests.kernel.test_ebpf_policy import pod, policy
+from tests.kernel.ebpf_policies import pod, policy
+from tests.kernel.ebpf_world import NEEDS_EBPF, World
 from tests.kernel.test_ebpf_policy_restart import POD, is_let_through, start
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(programs.missing()), reason="no eBPF data path here"),
-]
+pytestmark = NEEDS_EBPF
 CASES = [(2, 1, port) for port in (80, 81, 88)] + [(1, 2, 80)]
 
 

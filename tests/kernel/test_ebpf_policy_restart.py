@@ -1,26 +1,18 @@
 """An agent that starts gives rule sets and identities other numbers; no packet sees a mixture."""
 
 import itertools
-import os
 import struct
 
-import pytest
-
-from podwire.datapath.ebpf import programs
 from podwire.datapath.ebpf.policy import PolicyPart
 from podwire.datapath.ebpf.programs import Programs
-from podwire.kernel import netns
 from podwire.kernel.bpf import Map
 from podwire.net import Protocol, parse_address
 from podwire.policy import Attachment
-from tests.kernel.ebpf_world import HOST_MAC, MAC, POD, World
-from tests.kernel.test_ebpf_policy import policy, populate
+from tests.kernel.ebpf_policies import policy, populate
+from tests.kernel.ebpf_runs import DROP, make_frame, run_tcx
+from tests.kernel.ebpf_world import HOST_MAC, MAC, NEEDS_EBPF, POD, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(programs.missing()), reason="no eBPF data path here"),
-]
-DROP = 2
+pytestmark = NEEDS_EBPF
 POLICIES = [
     policy(
         f"for-{app}",
@@ -42,13 +34,9 @@ def is_let_through(world, made, source, target, port):
     ends = [parse_address(POD[n][4]) for n in (source, target)]
     ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 40, 1, 0, 64, Protocol.TCP, 0, *ends)
     tcp = struct.pack(">HHIIBBHHH", next(_ports), port, 1, 0, 0x50, 2, 1000, 0, 0)
-    macs = (bytes.fromhex(m[source].replace(":", "")) for m in (HOST_MAC, MAC))
-    frame = b"".join(macs) + struct.pack(">H", 0x0800) + ip + tcp
-    context = bytearray(192)
-    struct.pack_into("=I", context, 40, world.ifindex(f"pod{source}"))
-    program = made.program("from_pod")
-    done = netns.call(world.spaces["node"], lambda: program.test_run(frame, context=bytes(context)))
-    return done.value != DROP
+    frame = make_frame(ip + tcp, (HOST_MAC[source], MAC[source]))
+    index = world.ifindex(f"pod{source}")
+    return run_tcx(world.spaces["node"], made.program("from_pod"), index, frame)[0] != DROP
 
 
 def judge(world, made):

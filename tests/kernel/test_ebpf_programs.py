@@ -1,29 +1,28 @@
 """The tcx program by test runs: a packet in, a packet and a verdict out."""
 
-import os
 import struct
 
 import pytest
 
 from podwire.datapath.ebpf.connections import Connections
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
-from podwire.kernel import netns
-from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, REMOTE, UPLINK_MAC, World
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_runs import (
+    DROP,
+    NEXT,
+    REDIRECT,
+    assert_sound,
+    grow_older,
+    ones_complement,
+    run,
+    sctp,
+)
+from tests.kernel.ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD, REMOTE, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
-
-NEXT, DROP, REDIRECT = 0xFFFFFFFF, 2, 7
-ENDS = {"pod1": (HOST_MAC[1], MAC[1]), "pod2": (HOST_MAC[2], MAC[2]), "up0": UPLINK_MAC}
+pytestmark = NEEDS_EBPF
 
 
 @pytest.fixture(scope="module")
@@ -42,60 +41,6 @@ def world():
 @pytest.fixture(autouse=True)
 def no_connections(world):
     world.connections.clear()
-
-
-def run(world, packet, link="pod1"):
-    """``(verdict, IP packet)``."""
-    kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
-    host, peer = (bytes.fromhex(text.replace(":", "")) for text in ENDS[link])
-    context = bytearray(192)
-    struct.pack_into("=I", context, 40, world.ifindex(link))  # __sk_buff.ifindex
-
-    def body():
-        frame = host + peer + struct.pack(">H", kind) + packet
-        return world.programs.program("from_network").test_run(frame, context=bytes(context))
-
-    done = netns.call(world.spaces["node"], body)
-    return done.value, done.data[14:]
-
-
-def crc32c(data):
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = (register >> 1) ^ (0x82F63B78 if register & 1 else 0)
-    return register ^ 0xFFFFFFFF
-
-
-def sctp(source, destination, ports, payload):
-    body = struct.pack(">HHI", *ports, 7) + bytes(4) + payload
-    body = body[:8] + struct.pack("<I", crc32c(body)) + body[12:]
-    return packets._ip(source, destination, Protocol.SCTP, body)
-
-
-def ones_complement(data):
-    data += bytes(len(data) % 2)
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
-
-
-def assert_sound(packet):
-    """All checksums of an IP packet are right."""
-    if packet[0] >> 4 == 4:
-        assert ones_complement(packet[:20]) == 0xFFFF
-        protocol, body, addresses = packet[9], packet[20:], packet[12:20]
-    else:
-        protocol, body, addresses = packet[6], packet[40:], packet[8:40]
-    if protocol == Protocol.SCTP:
-        assert struct.unpack("<I", body[8:12])[0] == crc32c(body[:8] + bytes(4) + body[12:])
-        return
-    pseudo = (
-        b"" if protocol == Protocol.ICMP else addresses + struct.pack(">II", len(body), protocol)
-    )
-    assert ones_complement(pseudo + body) == 0xFFFF
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -274,9 +219,7 @@ def test_connections_age(world):
     run(world, packets.first(POD[1][4], VIP[4], Protocol.UDP, (5000, 80), 1))
     table = world.programs.growing["connections"].map
     assert world.connections.expire().removed == 0
-    for key, value in list(table.items()):
-        seen = struct.unpack_from("=I", value, 40)[0]
-        table.update(key, value[:40] + struct.pack("=I", seen - 40) + value[44:])
+    grow_older(world, 40)
     done = world.connections.expire()
     assert done.removed == 2
     assert list(table.items()) == []

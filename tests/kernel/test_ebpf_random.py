@@ -2,16 +2,13 @@
 
 import os
 import random
-import struct
 
 import msgspec
 import pytest
 
 from podwire.datapath.ebpf.policy import PolicyPart
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
-from podwire.kernel import netns
-from podwire.kernel.bpf import features
 from podwire.kube import objects as kube
 from podwire.kube.objects import ClusterNetworkPolicy, Namespace, NetworkPolicy, Node
 from podwire.kube.store import Store
@@ -28,25 +25,17 @@ from podwire.services import (
     ProxyConfig,
     ServicePort,
     ServicePortName,
-    ServiceTable,
-    Settings,
     backend,
 )
-from podwire.services.shared_map import SharedMap
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_world import MAC, NODE, OUTSIDE, POD, REMOTE, World
-from tests.kernel.test_ebpf_programs import assert_sound
+from tests.kernel.ebpf_runs import DROP, ENDS, REDIRECT, assert_sound, make_frame, run_tcx
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, OUTSIDE, POD, REMOTE, World
+from tests.service_objects import service_table
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 FIRST, ROUNDS = int(os.environ.get("SEED", "1")), int(os.environ.get("ROUNDS", "40"))
 """By hand for longer: ROUNDS=1000 SEED=41. A seed is a test of its own and can be run again."""
-NEXT, DROP, REDIRECT = 0xFFFFFFFF, 2, 7
 PROTOCOLS = [Protocol.TCP, Protocol.UDP, Protocol.SCTP]
 VIPS = {4: ["10.96.0.1", "10.96.0.2"], 6: ["fd96::1", "fd96::2"]}
 EXTERNAL = {4: ["192.0.2.7", "192.0.2.8"], 6: ["fd00:7::7", "fd00:7::8"]}
@@ -142,8 +131,7 @@ def draw_table(draw, ports):
                 for c in some(draw, [*CIDRS[family][2:], *{4: ["127.0.0.0/8"], 6: []}[family]])
             )
         scopes[family] = NodePortScope(prefixes, loopback=draw.random() < 0.5)
-    settings = Settings(node, config, config.service_cidrs, scopes)
-    return ServiceTable(settings, SharedMap().changed((port.name, port) for port in ports))
+    return service_table(ports, node, config, scopes)
 
 
 @pytest.fixture(scope="module")
@@ -162,22 +150,13 @@ def services():
 
 def run(world, packet, link):
     """``(verdict, IP packet)``; link "" is a process of the node."""
-    kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
-    context = bytearray(192)
-    struct.pack_into("=I", context, 40, world.ifindex(link or "up0"))
-    mac = world.programs.dump_links()[world.ifindex(link or "up0")].mac
-    program = "from_network" if link else "from_node"
-    peer = bytes(6)
-    if link.startswith("pod"):
-        program = "from_pod"
-        peer = bytes.fromhex(MAC[int(link[3:])].replace(":", ""))
-    frame = mac + peer + struct.pack(">H", kind) + packet
-
-    def body():
-        return world.programs.program(program).test_run(frame, context=bytes(context))
-
-    done = netns.call(world.spaces["node"], body)
-    return done.value, done.data[14:]
+    name = {"pod": "from_pod", "": "from_node"}.get(link[:3], "from_network")
+    return run_tcx(
+        world.spaces["node"],
+        world.programs.program(name),
+        world.ifindex(link or "up0"),
+        make_frame(packet, ENDS[link or "up0"]),
+    )
 
 
 def draw_packet(draw, table, family):

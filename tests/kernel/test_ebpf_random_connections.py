@@ -9,9 +9,9 @@ import pytest
 
 from podwire.net import Protocol, format_address
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_world import NODE, POD, World
-from tests.kernel.test_ebpf_hostile import DROP, Node, pytestmark
-from tests.kernel.test_ebpf_programs import assert_sound
+from tests.kernel.ebpf_node import whole_node
+from tests.kernel.ebpf_runs import DROP, assert_sound
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD
 from tests.kernel.test_ebpf_random import (
     CLIENTS,
     EXTERNAL,
@@ -25,7 +25,7 @@ from tests.kernel.test_ebpf_random import (
     draw_table,
 )
 
-__all__ = ["pytestmark"]
+pytestmark = NEEDS_EBPF
 
 LOCAL = {*POD[1].values(), *POD[2].values()}
 OWN = {*NODE.values(), *SECOND.values(), *LOOPBACK.values()}
@@ -33,10 +33,8 @@ OWN = {*NODE.values(), *SECOND.values(), *LOOPBACK.values()}
 
 @pytest.fixture(scope="module")
 def node():
-    with World() as world:
-        made = Node(world)
+    with whole_node() as made:
         yield made
-        made.services.cleanup()
 
 
 def link_of(address):

@@ -1,79 +1,22 @@
 """Services on eBPF with real sockets: what is seen is what the table's evaluator says."""
 
-import os
 import socket
 import time
 
 import pytest
 
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
-from podwire.kernel.bpf import features
 from podwire.net import Protocol, format_address, parse_address, parse_prefix
 from podwire.services import (
-    DetectLocal,
-    Frontend,
-    FrontendKind,
-    NodeFacts,
-    NodePortScope,
     Packet,
-    ProxyConfig,
-    ServicePort,
-    ServicePortName,
-    ServiceTable,
-    Settings,
-    backend,
     backend_address,
 )
-from podwire.services.shared_map import SharedMap
-from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, World
+from tests.kernel.ebpf_services import EXTERNAL, KINDS, VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, OUTSIDE, POD, REMOTE, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
-
-VIP = {4: "10.96.0.1", 6: "fd96::1"}
-EXTERNAL = {4: "192.0.2.7", 6: "fd00:7::7"}
-KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
-
-
-def make_port(name, number, backends, *, family, protocol, local=(), external=True, **fields):
-    vip = Frontend(FrontendKind.CLUSTER_IP, parse_address(VIP[family]), number)
-    outside = (
-        Frontend(FrontendKind.NODE_PORT, b"", 30000 + number),
-        Frontend(FrontendKind.LOAD_BALANCER, parse_address(EXTERNAL[family]), number),
-    )
-    packed = [
-        tuple(sorted(backend(parse_address(text), 80) for text in some))
-        for some in (backends, local)
-    ]
-    return ServicePort(
-        name=ServicePortName("default", name, "", protocol, family),
-        frontends=(vip, *outside) if external else (vip,),
-        cluster=packed[0],
-        local=packed[1],
-        on_node=tuple(b for b in packed[0] + packed[1] if format_address(b[:-2]) != REMOTE[family]),
-        serving=packed[0] if protocol == Protocol.UDP else (),
-        has_endpoints=bool(backends),
-        **fields,
-    )
-
-
-def make_table(ports):
-    config = ProxyConfig(
-        detect_local=DetectLocal(
-            prefixes=(parse_prefix("10.244.0.0/24"), parse_prefix("fd44::/64"))
-        ),
-        service_cidrs=(parse_prefix("10.96.0.0/16"), parse_prefix("fd96::/112")),
-    )
-    node = NodeFacts("node", tuple(parse_address(text) for text in NODE.values()))
-    scopes = {4: NodePortScope(), 6: NodePortScope()}
-    settings = Settings(node, config, config.service_cidrs, scopes)
-    return ServiceTable(settings, SharedMap().changed((port.name, port) for port in ports))
+pytestmark = NEEDS_EBPF
 
 
 def make_ports(family, protocol):

@@ -11,19 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 
-from podwire.datapath.ebpf.pods import EbpfPods, PodLink
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.pods import EbpfPods
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import netns
 from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address
 from podwire.services import backend
-from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, REMOTE, World
-from tests.kernel.test_ebpf_services import EXTERNAL, KINDS, VIP, make_port, make_table
+from tests.kernel.ebpf_services import EXTERNAL, KINDS, VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD, REMOTE, World
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+    NEEDS_EBPF,
     pytest.mark.skipif(features.has_cgroup2() is None, reason="no cgroup v2"),
 ]
 
@@ -42,15 +41,7 @@ def world():
         made.part.start()
         pods = EbpfPods(programs)
         pods.start()
-        pods.replace(
-            PodLink(
-                made.ifindex(f"pod{n}"),
-                *(bytes.fromhex(m[n].replace(":", "")) for m in (HOST_MAC, MAC)),
-                tuple(parse_address(text) for text in POD[n].values()),
-                f"/proc/{os.getpid()}/fd/{made.spaces[f'pod{n}']}",
-            )
-            for n in (1, 2)
-        )
+        pods.replace(made.pod_link(n, with_sockets=True) for n in (1, 2))
         for family in (4, 6):
             for kind in KINDS.values():
                 for space, addresses in (("pod1", POD[1]), ("outside", REMOTE), ("node", NODE)):

@@ -10,8 +10,8 @@ import pytest
 
 from podwire.kernel.bpf import features
 from podwire.net import Protocol
+from tests.kernel.ebpf_services import VIP, make_port, make_table
 from tests.kernel.ebpf_world import POD, REMOTE
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
 from tests.kernel.test_ebpf_sockets import inside, kernel_peer, opened, pytestmark, world
 
 __all__ = ["pytestmark", "world"]

@@ -1,17 +1,9 @@
 """Agents die while policies change under traffic: nothing breaks, and nobody slips through."""
 
-import os
-
-import pytest
-
-from podwire.datapath.ebpf import programs
-from tests.kernel.ebpf_world import World
+from tests.kernel.ebpf_world import NEEDS_EBPF, World
 from tests.kernel.policy_storm import APPS, Storm
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(programs.missing()), reason="no eBPF data path here"),
-]
+pytestmark = NEEDS_EBPF
 
 
 def test_no_packet_is_judged_by_a_state_that_is_half_written():

@@ -5,14 +5,13 @@ remembered, and about half of these were led to another backend.
 """
 
 import itertools
-import os
 from functools import wraps
 
 import msgspec
 import pytest
 
 from podwire.agent.carry import Carry
-from podwire.datapath.ebpf import pinned, programs, takeover
+from podwire.datapath.ebpf import pinned, takeover
 from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.growing import GrowingMap
 from podwire.datapath.ebpf.layout import Phase
@@ -27,16 +26,13 @@ from podwire.kube.objects import Namespace, NetworkPolicy
 from podwire.kube.store import Store
 from podwire.net import Protocol, parse_address
 from podwire.policy import Attachment, PolicyCompiler
-from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, World
+from tests.kernel.ebpf_policies import pod
+from tests.kernel.ebpf_services import VIP, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, OUTSIDE, POD, REMOTE, World
 from tests.kernel.handshakes import Dialogue, Wire
-from tests.kernel.test_ebpf_policy import pod
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
 from tests.kernel.test_ebpf_takeover import ebpf, join, netfilter, on_node
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(programs.missing()), reason="no eBPF data path here"),
-]
+pytestmark = NEEDS_EBPF
 PARTS = [NftablesServicesPart, IptablesServicesPart]
 STEPS = [
     (Programs, "attach"), (Programs, "set_phase"), (GrowingMap, "settle"),

@@ -1,29 +1,23 @@
 """From nftables to eBPF and back under open connections, also when the process dies over it."""
 
-import os
-
 import pytest
 
 from podwire.agent.carry import Carry
-from podwire.datapath.ebpf import pinned, programs, takeover
+from podwire.datapath.ebpf import pinned, takeover
 from podwire.datapath.ebpf.connections import Connections
 from podwire.datapath.ebpf.layout import Phase
-from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.pods import EbpfPods
 from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.kernel import netns
 from podwire.kernel.ctnetlink import Table
-from podwire.net import parse_address
-from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, World
+from tests.kernel.ebpf_agent import Talk, ports
+from tests.kernel.ebpf_services import VIP, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD, World
 from tests.kernel.test_ebpf_crash import DIED, die_at, end
-from tests.kernel.test_ebpf_services import VIP, make_table
-from tests.kernel.test_ebpf_upgrade import Talk, ports
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(programs.missing()), reason="no eBPF data path here"),
-]
+pytestmark = NEEDS_EBPF
 
 
 @pytest.fixture
@@ -53,14 +47,7 @@ def ebpf(world, table=None):
     """Maps filled, nothing attached, as the agent's parts leave it."""
     made = Programs(world.name, world.spaces["node"])
     made.enable("services", "policy", "pods", attach=False)
-    EbpfPods(made).replace(
-        PodLink(
-            world.ifindex(f"pod{n}"),
-            *(bytes.fromhex(m[n].replace(":", "")) for m in (HOST_MAC, MAC)),
-            tuple(parse_address(text) for text in POD[n].values()),
-        )
-        for n in (1, 2)
-    )
+    EbpfPods(made).replace(world.pod_link(n) for n in (1, 2))
     services = ServicesPart(programs=made)
     services.start()
     services.apply(table or make_table(ports()))

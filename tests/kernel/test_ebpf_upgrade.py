@@ -2,31 +2,22 @@
 
 import os
 import signal
-import socket
-import threading
 import time
 
 import pytest
 
 from podwire.datapath.ebpf import pinned
 from podwire.datapath.ebpf import programs as programs_room
-from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.datapath.ebpf.policy import PolicyPart
 from podwire.datapath.ebpf.programs import OBJECTS, Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.errors import KernelError
-from podwire.kernel import netns
-from podwire.kernel.bpf import features, pins
-from podwire.net import Protocol, parse_address
-from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, World
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
+from podwire.kernel.bpf import pins
+from tests.kernel.ebpf_agent import Talk, agent, ports
+from tests.kernel.ebpf_services import VIP, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 
 @pytest.fixture
@@ -35,62 +26,6 @@ def world():
         for family in (4, 6):
             made.echo("pod1", POD[1][family], 80)
         yield made
-
-
-def ports():
-    return [
-        make_port(f"v{family}", 80, [POD[1][family]], family=family, protocol=Protocol.TCP)
-        for family in (4, 6)
-    ]
-
-
-def agent(world):
-    """The parts as an agent starts them, over whatever is there."""
-    programs = Programs(world.name, world.spaces["node"])
-    services, pods = ServicesPart(programs=programs), EbpfPods(programs)
-    pods.start()
-    services.start()
-    pods.replace(
-        PodLink(
-            world.ifindex(f"pod{n}"),
-            *(bytes.fromhex(m[n].replace(":", "")) for m in (HOST_MAC, MAC)),
-            tuple(parse_address(text) for text in POD[n].values()),
-        )
-        for n in (1, 2)
-    )
-    services.apply(make_table(ports()))
-    return programs, services
-
-
-class Talk(threading.Thread):
-    """One connection that never stops talking; `failure` says what went wrong."""
-
-    def __init__(self, world, space, target, pause=0):
-        super().__init__(name=f"{space} to {target[0]}", daemon=True)
-        self._pause = pause
-        family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
-        self.socket = netns.socket(world.spaces[space], family, socket.SOCK_STREAM)
-        self.socket.settimeout(5)
-        self.socket.connect(target)
-        self.stopped, self.turns, self.failure = threading.Event(), 0, None
-
-    def run(self):
-        try:
-            while not self.stopped.is_set():
-                message = self.turns.to_bytes(4, "big") * 8
-                self.socket.sendall(message)
-                answer = b""
-                while len(answer) < len(message):
-                    part = self.socket.recv(100)
-                    assert part, "closed"
-                    answer += part
-                assert answer == message
-                self.turns += 1
-                if self._pause:
-                    time.sleep(self._pause)
-        except Exception as error:
-            self.failure = repr(error)
-        self.socket.close()
 
 
 def survive(world, restarts, replacements):

@@ -1,24 +1,21 @@
 """XDP is where the node's addresses are, in the way that was asked for, and nowhere else."""
 
-import os
 from contextlib import closing
 
 import pytest
 
 from podwire.datapath.ebpf import inspect
 from podwire.datapath.ebpf.layout import Phase
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.uplinks import Uplinks
 from podwire.kernel.bpf import features
 from podwire.net import parse_address
-from tests.kernel.ebpf_world import NODE, World
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, World
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+    NEEDS_EBPF,
+    pytest.mark.skipif(not features.has_xdp_link(), reason="the kernel lacks XDP links"),
 ]
-if os.geteuid() == 0 and not features.has_xdp_link():
-    pytestmark.append(pytest.mark.skip(reason="the kernel lacks XDP links"))
 
 ADDRESSES = [parse_address(text) for text in NODE.values()]
 

@@ -1,28 +1,25 @@
 """NodePort traffic for other nodes at the driver: there and back, and the rest left to tcx."""
 
 import contextlib
-import os
 import socket
 import struct
 
 import pytest
 
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart
 from podwire.kernel import ethtool, netns
 from podwire.kernel.bpf import features
 from podwire.net import Protocol
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, UPLINK_MAC, World
-from tests.kernel.test_ebpf_programs import assert_sound, ones_complement
-from tests.kernel.test_ebpf_services import KINDS, make_port, make_table
+from tests.kernel.ebpf_runs import assert_sound, make_frame, ones_complement, run_xdp
+from tests.kernel.ebpf_services import KINDS, make_port, make_table
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, OUTSIDE, POD, REMOTE, UPLINK_MAC, World
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
+    NEEDS_EBPF,
+    pytest.mark.skipif(not features.has_xdp_link(), reason="the kernel lacks XDP links"),
 ]
-if os.geteuid() == 0 and not features.has_xdp_link():
-    pytestmark.append(pytest.mark.skip(reason="the kernel lacks XDP links"))
 
 DROP, PASS, TX = 1, 2, 3
 SOL_PACKET, PACKET_AUXDATA, TP_STATUS_CSUMNOTREADY = 263, 8, 8
@@ -46,13 +43,9 @@ def world():
 
 def run(world, packet, *, macs=UPLINK_MAC):
     """``(verdict, frame)``."""
-    kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
-    frame = b"".join(bytes.fromhex(mac.replace(":", "")) for mac in macs)
-    frame += struct.pack(">H", kind) + packet
-    context = struct.pack("=IIIIII", 0, len(frame), 0, world.ifindex("up0"), 0, 0)
     program = world.programs.program("from_driver")
-    done = netns.call(world.spaces["node"], lambda: program.test_run(frame, context=context))
-    return done.value, done.data
+    frame = make_frame(packet, macs)
+    return run_xdp(world.spaces["node"], program, world.ifindex("up0"), frame)
 
 
 @pytest.mark.parametrize("family", [4, 6])

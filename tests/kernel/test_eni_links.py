@@ -14,7 +14,7 @@ from podwire.kernel.address import InterfaceAddress
 from podwire.kernel.link import End
 from podwire.kernel.monitor import Monitor
 from podwire.kernel.netlink import NetlinkSocket
-from podwire.net import Address, Prefix, parse_address, parse_prefix
+from podwire.net import Address, Prefix, parse_address, parse_mac, parse_prefix
 from podwire.wiring.eni import EniLinks
 from podwire.wiring.interference import GROUPS
 from tests.conftest import present
@@ -45,7 +45,7 @@ def rules(netns_fd: int) -> list[str]:
 @pytest.fixture
 def enis(sock: NetlinkSocket, netns_fd: int) -> EniLinks:
     for each, name in ((PRIMARY, "eth0"), (SECONDARY, "eth1")):
-        mac = bytes.fromhex(each.mac.replace(":", ""))
+        mac = parse_mac(each.mac)
         sock.run(
             link.add_veth(End(name, mac=mac), End(f"{name}-vpc", mtu=9001)),
             link.change(f"{name}-vpc", up=True),

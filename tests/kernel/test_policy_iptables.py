@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,8 +21,6 @@ from podwire.policy import PolicyCompiler, PolicyTable, Verdict
 from tests.conformance.netpol_fabric import BRIDGE, Fabric
 from tests.conformance.netpol_world import World
 from tests.unit.policy.test_policy_laws import attachments, cluster, clusters, steps
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 DENY_ALL = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 

@@ -21,8 +21,8 @@ from podwire.kernel import netns
 from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address
 from podwire.services import backend
+from tests.kernel.ebpf_services import VIP, make_port, make_table
 from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, World
-from tests.kernel.test_ebpf_services import VIP, make_port, make_table
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),

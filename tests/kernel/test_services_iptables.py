@@ -19,8 +19,6 @@ from podwire.kernel.iptables import FLAVOURS, Hook, Iptables, TableChange
 from podwire.kube import objects as kube
 from tests.service_objects import CONFIG, Cluster, endpoint_slice, histories, service
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
 TABLES = ("nat", "mangle", "filter")
 
 

@@ -14,8 +14,6 @@ import pytest
 from podwire.lab import cgroups, enter, mounts, teardown, topology
 from podwire.lab.state import LabDir
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
 
 @pytest.fixture
 def lab() -> Iterator[LabDir]:

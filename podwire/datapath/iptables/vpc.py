@@ -15,7 +15,8 @@ from podwire.datapath.vpc import VpcTable, needs
 from podwire.kernel.iptables import Flavour, Hook, Iptables, Rules, TableChange, detect_flavour
 from podwire.net import format_address
 
-ARRIVING, LEAVING, SNAT = "PODWIRE-VPC-ARRIVING", "PODWIRE-VPC-LEAVING", "PODWIRE-VPC-SNAT"
+_OURS = "PODWIRE-VPC-"
+ARRIVING, LEAVING, SNAT = f"{_OURS}ARRIVING", f"{_OURS}LEAVING", f"{_OURS}SNAT"
 _PORTS = {"prng": " --random-fully", "hashrandom": " --random", "none": ""}
 _TABLES = ("mangle", "nat")
 
@@ -59,7 +60,7 @@ class VpcPart:
         """Remove the chains, and the rules that lead to them."""
         for name in _TABLES:
             chains = self._iptables.save(name)
-            ours = [chain for chain in chains if chain.startswith("PODWIRE-VPC-")]
+            ours = [chain for chain in chains if chain.startswith(_OURS)]
             change = TableChange({}, remove=ours, unhook=_hooks_in(chains))
             if ours:
                 self._iptables.restore({name: change})
@@ -73,7 +74,7 @@ class VpcPart:
             held = self._iptables.save(name)
             missing = [hook for hook in hooks if hook.rule not in held.get(hook.chain, ())]
             stale = [hook for hook in _hooks_in(held) if hook.rule not in {h.rule for h in hooks}]
-            gone = [c for c in held if c.startswith("PODWIRE-VPC-") and c not in chains]
+            gone = [c for c in held if c.startswith(_OURS) and c not in chains]
             change = TableChange(chains, remove=gone, hooks=missing, unhook=stale)
             self._iptables.restore({name: change})
 
@@ -82,7 +83,7 @@ class VpcPart:
         found: dict[str, dict[str, Rules]] = {}
         for name in _TABLES:
             chains = self._iptables.save(name)
-            ours = {c: rules for c, rules in chains.items() if c.startswith("PODWIRE-VPC-")}
+            ours = {c: rules for c, rules in chains.items() if c.startswith(_OURS)}
             found[name] = {**ours, "hooks": sorted(hook.rule for hook in _hooks_in(chains))}
         return found
 
@@ -123,5 +124,5 @@ def _hooks_in(chains: Mapping[str, Rules]) -> list[Hook]:
         Hook(chain, rule)
         for chain in ("PREROUTING", "POSTROUTING")
         for rule in chains.get(chain, ())
-        if "-j PODWIRE-VPC-" in rule
+        if f"-j {_OURS}" in rule
     ]

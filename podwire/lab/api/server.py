@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
+from podwire.kube.labels import SERVICE_NAME
 from podwire.kube.objects import Json
 from podwire.lab.api import certificates
 from podwire.lab.api.addresses import ServiceAddresses
@@ -98,7 +99,7 @@ class ApiServer:
                     "metadata": {
                         "name": "kubernetes",
                         "namespace": "default",
-                        "labels": {"kubernetes.io/service-name": "kubernetes"},
+                        "labels": {SERVICE_NAME: "kubernetes"},
                     },
                     "addressType": family,
                     "endpoints": [{"addresses": [address], "conditions": {"ready": True}}],

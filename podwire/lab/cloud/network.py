@@ -32,7 +32,7 @@ from podwire.lab import topology
 from podwire.lab.cloud.model import Eni, Model
 from podwire.lab.state import LabDir, Node
 from podwire.lab.topology import index_of
-from podwire.net import Prefix, parse_address, parse_prefix
+from podwire.net import Prefix, parse_address, parse_mac, parse_prefix
 
 VPC = ("10.0.0.0/16", "fd00:10::/56")
 SUBNET = ("10.0.0.0/20", "fd00:10::/64")
@@ -228,7 +228,7 @@ class CloudNetwork:
         name = f"e-{eni.id[-8:]}"
         node = self.nodes[eni.attachment.instance_id]
         node_fd = netns.open_path(self._lab.netns(f"node-{node}"))
-        mac = bytes.fromhex(eni.mac.replace(":", ""))
+        mac = parse_mac(eni.mac)
         device = f"eth{eni.attachment.device_index}"
         try:
             self._sock.run(

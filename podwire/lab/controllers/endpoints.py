@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
+from podwire.kube.labels import HEADLESS, SERVICE_NAME, ZONE
 from podwire.kube.objects import Json
 from podwire.lab import tree
 from podwire.lab.api.registry import Registry
@@ -27,9 +28,6 @@ from podwire.lab.controllers.owners import OwnerIndex
 MAX_ENDPOINTS = 100
 _MANAGER = "endpointslice-controller.k8s.io"
 _MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
-_SERVICE_NAME = "kubernetes.io/service-name"
-_HEADLESS = "service.kubernetes.io/headless"
-_ZONE = "topology.kubernetes.io/zone"
 
 Ports: TypeAlias = tuple[tuple[str, int | None, str, str], ...]  # name, port, protocol, appProtocol
 
@@ -72,7 +70,7 @@ class EndpointSliceController(Controller):
             if owner.get("kind") == "Service":
                 yield (record.key[0], owner["name"])
         elif resource == self._nodes and (
-            event.old is None or labels(event.old).get(_ZONE) != labels(record).get(_ZONE)
+            event.old is None or labels(event.old).get(ZONE) != labels(record).get(ZONE)
         ):
             for services in self._selecting.values():
                 yield from services
@@ -179,7 +177,7 @@ class EndpointSliceController(Controller):
         if node := tree.text(spec, "nodeName"):
             out["nodeName"] = node
             found = self.registry.find(self._nodes, "", node)
-            if found and (zone := labels(found).get(_ZONE)):
+            if found and (zone := labels(found).get(ZONE)):
                 out["zone"] = zone
         if hints := _hints(service, out):
             out["hints"] = hints
@@ -357,11 +355,11 @@ def _hints(service: Json, endpoint: Json) -> Json:
 def _slice_labels(service: Json) -> Json:
     out = {
         **tree.mapping(service, "metadata", "labels"),
-        _SERVICE_NAME: service["metadata"]["name"],
+        SERVICE_NAME: service["metadata"]["name"],
         _MANAGED_BY: _MANAGER,
     }
     if tree.text(service, "spec", "clusterIP") == "None":
-        out[_HEADLESS] = ""
+        out[HEADLESS] = ""
     return out
 
 

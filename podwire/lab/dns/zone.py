@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from podwire.errors import InvalidObject
+from podwire.kube.labels import SERVICE_NAME
 from podwire.kube.objects import Endpoint, EndpointSlice, Namespace, Service
 from podwire.kube.store import ChangeSet, Key
 from podwire.lab.dns.message import (
@@ -31,7 +32,6 @@ from podwire.lab.dns.message import (
 )
 from podwire.net import Address, parse_address, parse_addresses
 
-_SERVICE_NAME = "kubernetes.io/service-name"
 _VERSION = b"1.1.0"
 _REVERSE_4, _REVERSE_6 = (b"in-addr", b"arpa"), (b"ip6", b"arpa")
 
@@ -352,7 +352,7 @@ def _label_of(endpoint: Endpoint) -> bytes:
 
 
 def _service_of(piece: EndpointSlice) -> Key:
-    return (piece.metadata.namespace, piece.metadata.labels.get(_SERVICE_NAME, ""))
+    return (piece.metadata.namespace, piece.metadata.labels.get(SERVICE_NAME, ""))
 
 
 def _dashed_address(text: bytes) -> Address | None:

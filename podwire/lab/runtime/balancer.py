@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping
 from podwire.kernel import link, netns, route
 from podwire.kernel.netlink import NetlinkSocket
 from podwire.kernel.route import NextHop, Route
+from podwire.kube.labels import SERVICE_NAME
 from podwire.kube.objects import EndpointSlice, Service
 from podwire.lab.state import LabDir, Node
 from podwire.net import Address, host_prefix, parse_address
-
-SERVICE_LABEL = "kubernetes.io/service-name"
 
 
 def wanted(
@@ -27,7 +26,7 @@ def wanted(
     """The nodes to which each balancer address goes, as addresses of the same family. Pure."""
     local: dict[tuple[str, str], set[str]] = {}
     for one in slices:
-        key = (one.metadata.namespace, one.metadata.labels.get(SERVICE_LABEL, ""))
+        key = (one.metadata.namespace, one.metadata.labels.get(SERVICE_NAME, ""))
         for endpoint in one.endpoints or ():
             if endpoint.node_name and endpoint.conditions.ready is not False:
                 local.setdefault(key, set()).add(endpoint.node_name)

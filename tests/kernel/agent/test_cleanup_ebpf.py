@@ -5,20 +5,16 @@ import os
 import time
 from pathlib import Path
 
-import pytest
-
 from podwire.agent import carry, main
 from podwire.agent.options import Options
-from podwire.datapath.ebpf import pinned, programs
+from podwire.datapath.ebpf import pinned
 from podwire.datapath.ebpf.programs import Programs
 from podwire.errors import KernelError
 from podwire.kernel import netns
 from podwire.kernel.bpf import Map, Program, pins
+from tests.kernel.ebpf_world import NEEDS_EBPF
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(programs.missing()), reason="no eBPF data path here"),
-]
+pytestmark = NEEDS_EBPF
 NEWNS, PRIVATE, DETACH = 0x20000, 0x44000, 2
 
 

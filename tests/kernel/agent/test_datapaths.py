@@ -13,8 +13,6 @@ from podwire.datapath.ebpf import programs
 from podwire.errors import KernelError, Unsupported
 from podwire.kernel.bpf import pins
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
 
 def test_without_compiled_programs_nftables_serves_and_ebpf_says_what_is_missing(
     tmp_path, monkeypatch

@@ -13,12 +13,11 @@ from podwire.agent import ebpf as agent_ebpf
 from podwire.agent.datapaths import DataPath
 from podwire.agent.options import Options
 from podwire.datapath.ebpf import programs
-from podwire.datapath.ebpf.pods import EbpfPods, PodLink
+from podwire.datapath.ebpf.pods import EbpfPods
 from podwire.kernel import netns
-from podwire.net import parse_address
-from tests.kernel.ebpf_world import HOST_MAC, MAC, NODE, POD, World
-from tests.kernel.test_ebpf_services import VIP, make_table
-from tests.kernel.test_ebpf_upgrade import Talk, ports
+from tests.kernel.ebpf_agent import Talk, ports
+from tests.kernel.ebpf_services import VIP, make_table
+from tests.kernel.ebpf_world import NODE, POD, World
 
 PODS = {4: "10.244.0.0/24", 6: "fd44::/64"}
 # kubelet's: they stay
@@ -212,14 +211,7 @@ def take_over(world, datapath, complete=True):
 def serve_pods(world, made):
     pods = EbpfPods(made)
     pods.start()
-    pods.replace(
-        PodLink(
-            world.ifindex(f"pod{n}"),
-            *(bytes.fromhex(m[n].replace(":", "")) for m in (HOST_MAC, MAC)),
-            tuple(parse_address(text) for text in POD[n].values()),
-        )
-        for n in (1, 2)
-    )
+    pods.replace(world.pod_link(n) for n in (1, 2))
 
 
 def talks(world):

@@ -11,8 +11,6 @@ from podwire.datapath import Requirement
 from podwire.errors import Unsupported
 from podwire.kernel import netns, sysctl
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
 FORWARDING = Requirement("net.ipv4.ip_forward", "1", "the node routes")
 
 

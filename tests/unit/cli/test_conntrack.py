@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from podwire.cli import conntrack
-from podwire.cli.conntrack_top import GROUPS, View, cut, render, screen
+from podwire.cli.conntrack_top import GROUPS, View, cut, full_in, render, screen
 from podwire.conntrack import rows
 from podwire.conntrack.attribution import Tally
 from podwire.kernel.ctnetlink.counting import flow_key
@@ -22,7 +22,7 @@ def top_answer() -> dict[str, Any]:
     made += [entry(CLIENT, OUTSIDE, 443, snat=NODE, source_port=n) for n in range(9)]
     for each in made:
         tally.add({flow_key(each): 1})
-    figures = {"source": "kernel", "used": 39, "limit": 40, "growth_per_s": 1.5, "full_in_s": 1,
+    figures = {"source": "kernel", "used": 39, "limit": 40, "growth_per_s": 1.5, "full_in_s": 9,
                "rates": {"drop": 2.0}, "read_ms": 3.1}  # fmt: skip
     return figures | rows.tally_groups(tally, (32768, 60999), 100)
 
@@ -39,7 +39,7 @@ def test_the_screen_shows_the_largest_first() -> None:
     lines = screen(top_answer(), View("pod"), rows=10, before={"default/web": 20})
     text = "\n".join(lines)
     assert "39 of 40 97.5 %" in text
-    assert "full in 1 s" in text
+    assert "full in 9 seconds" in text
     assert "drop 2.0/s" in text
     assert [line.split()[0] for line in lines[4:]] == ["default/client", "default/web"]
     assert lines[5].split()[-1] == "+10"
@@ -79,4 +79,4 @@ def test_icmp_has_no_ports() -> None:
     [(None, "not filling"), (30, "30 seconds"), (600, "10 minutes"), (90000, "25 hours")],
 )
 def test_time_to_full_in_words(seconds: int | None, words: str) -> None:
-    assert words in conntrack.full_in({"full_in_s": seconds})
+    assert words in full_in({"full_in_s": seconds})

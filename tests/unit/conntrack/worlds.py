@@ -9,15 +9,13 @@ from podwire.services import (
     Frontend,
     FrontendKind,
     NodeFacts,
-    NodePortScope,
     ProxyConfig,
     ServicePort,
     ServicePortName,
     ServiceTable,
-    Settings,
     backend,
 )
-from podwire.services.shared_map import SharedMap
+from tests.service_objects import service_table as table_of
 
 A = parse_address
 NODE, OTHER_NODE, OUTSIDE = "192.0.2.1", "192.0.2.2", "203.0.113.9"
@@ -44,13 +42,7 @@ def service_port(
 
 def service_table(*ports: ServicePort) -> ServiceTable:
     config = ProxyConfig(service_cidrs=(parse_prefix("10.96.0.0/16"),))
-    settings = Settings(
-        NodeFacts("n1", (A(NODE),)),
-        config,
-        config.service_cidrs,
-        {4: NodePortScope(), 6: NodePortScope()},
-    )
-    return ServiceTable(settings, SharedMap().changed((port.name, port) for port in ports))
+    return table_of(ports, NodeFacts("n1", (A(NODE),)), config)
 
 
 SERVICES = service_table(
