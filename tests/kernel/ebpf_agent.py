@@ -1,5 +1,6 @@
 """The parts of an agent over a `World`, and connections that talk all the time."""
 
+import os
 import socket
 import threading
 import time
@@ -11,6 +12,9 @@ from podwire.kernel import netns
 from podwire.net import Protocol
 from tests.kernel.ebpf_services import make_port, make_table
 from tests.kernel.ebpf_world import POD
+
+DIED = 9
+"""The exit code of a process that `die_at` ended."""
 
 
 def ports():
@@ -60,3 +64,36 @@ class Talk(threading.Thread):
         except Exception as error:
             self.failure = repr(error)
         self.socket.close()
+
+
+def die_at(owner, name, call, run, *, after=False):
+    """Run `run` in a child that dies at the given call (from 1) of a function."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        body, count = getattr(owner, name), [0]
+
+        def dies(*args, **kwargs):
+            count[0] += 1
+            if count[0] == call and not after:
+                os._exit(DIED)
+            done = body(*args, **kwargs)
+            if count[0] == call:
+                os._exit(DIED)
+            return done
+
+        setattr(owner, name, dies)
+        run()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def end(talks):
+    """Stop them; none may have failed."""
+    for talk in talks:
+        talk.stopped.set()
+    for talk in talks:
+        talk.join(timeout=10)
+    assert [f"{talk.name}: {talk.failure}" for talk in talks if talk.failure] == []

@@ -2,6 +2,10 @@
 
 import msgspec
 
+from podwire.agent import policy_drops
+from podwire.datapath.ebpf.events import EventReader
+from podwire.datapath.ebpf.policy import PolicyPart
+from podwire.datapath.ebpf.programs import Programs
 from podwire.kube.objects import Namespace, NetworkPolicy, Node, Pod
 from podwire.kube.store import Store
 from podwire.net import parse_address
@@ -48,3 +52,45 @@ def enforce(world, *policies):
     table = world.compiler.update(world.store.take())
     world.part.apply(table)
     return table
+
+
+CLOSED = {"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Ingress"]}
+
+
+class Node1:
+    """The node's policies, as an agent holds them; `restart` forgets all that a process knows."""
+
+    def __init__(self, world, programs=None):
+        self.world = world
+        self.start(programs)
+
+    def start(self, programs=None):
+        programs = programs or Programs(self.world.name, self.world.spaces["node"])
+        self.part = PolicyPart(programs=programs)
+        self.part.start()
+        populate(self)
+        self.reader = EventReader(self.part._programs)
+
+    def stop(self):
+        self.reader.close()
+        self.part._programs.close()
+
+    def enforce(self, *policies):
+        self.table = enforce(self, *policies)
+
+    def told(self):
+        """The events that wait, as `podwire policy drops` has them."""
+        return [
+            policy_drops.refused(self.table, event, self.part.ruling(event.ruling))
+            for event in self.reader.read()
+        ]
+
+    def counts(self):
+        return {
+            (c.verdict.value, c.direction.value, *(ref.name for ref in c.policies)): c.packets
+            for c in self.part.counts()
+            if c.packets
+        }
+
+    def lost(self):
+        return self.part._programs.outcomes()["events_lost"]

@@ -11,12 +11,11 @@ from podwire.datapath.ebpf.layout import MEMBER_KEY, NUMBER, Phase, mapped
 from podwire.datapath.ebpf.pods import EbpfPods, PodLink
 from podwire.kernel.bpf import Link, pins
 from podwire.net import parse_address
-from tests.kernel.ebpf_agent import Talk, agent
+from tests.kernel.ebpf_agent import DIED, Talk, agent, die_at, end
 from tests.kernel.ebpf_services import VIP
 from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD, World
 
 pytestmark = NEEDS_EBPF
-DIED = 9
 
 
 @pytest.fixture
@@ -25,30 +24,6 @@ def world():
         for family in (4, 6):
             made.echo("pod1", POD[1][family], 80)
         yield made
-
-
-def die_at(owner, name, call, run, *, after=False):
-    """Run `run` in a child that dies at the given call (from 1) of a function."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        body, count = getattr(owner, name), [0]
-
-        def dies(*args, **kwargs):
-            count[0] += 1
-            if count[0] == call and not after:
-                os._exit(DIED)
-            done = body(*args, **kwargs)
-            if count[0] == call:
-                os._exit(DIED)
-            return done
-
-        setattr(owner, name, dies)
-        run()
-        os._exit(0)
-    finally:
-        os._exit(1)
 
 
 def serves(world):
@@ -160,11 +135,3 @@ def test_pods_whose_interfaces_went_meanwhile_are_no_reason_to_stop(world):
     assert made.maps["endpoints"].lookup(mapped(address)) is None
     assert f"from_network-{uplink}-ingress" in made.attachments()
     made.close()
-
-
-def end(talks):
-    for talk in talks:
-        talk.stopped.set()
-    for talk in talks:
-        talk.join(timeout=10)
-    assert [f"{talk.name}: {talk.failure}" for talk in talks if talk.failure] == []

@@ -5,60 +5,17 @@ import time
 
 import pytest
 
-from podwire.agent import policy_drops
-from podwire.datapath.ebpf.events import EVENTS_PER_SECOND, EventReader
+from podwire.datapath.ebpf.events import EVENTS_PER_SECOND
 from podwire.datapath.ebpf.layout import Reason
-from podwire.datapath.ebpf.policy import PolicyPart
-from podwire.datapath.ebpf.programs import Programs
 from podwire.kernel import netns
 from podwire.net import Protocol, format_address
-from tests.kernel.ebpf_policies import enforce, policy, populate
+from tests.kernel.ebpf_policies import CLOSED, Node1, policy
 from tests.kernel.ebpf_world import NEEDS_EBPF, POD, World
 
 pytestmark = NEEDS_EBPF
 
-CLOSED = {"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Ingress"]}
 OPEN_80 = {**CLOSED, "ingress": [{"ports": [{"port": 80}]}]}
 CAGED = {"podSelector": {"matchLabels": {"app": "client"}}, "policyTypes": ["Egress"]}
-
-
-class Node1:
-    """The node's policies, as an agent holds them; `restart` forgets all that a process knows."""
-
-    def __init__(self, world, programs=None):
-        self.world = world
-        self.start(programs)
-
-    def start(self, programs=None):
-        programs = programs or Programs(self.world.name, self.world.spaces["node"])
-        self.part = PolicyPart(programs=programs)
-        self.part.start()
-        populate(self)
-        self.reader = EventReader(self.part._programs)
-
-    def stop(self):
-        self.reader.close()
-        self.part._programs.close()
-
-    def enforce(self, *policies):
-        self.table = enforce(self, *policies)
-
-    def told(self):
-        """The events that wait, as `podwire policy drops` has them."""
-        return [
-            policy_drops.refused(self.table, event, self.part.ruling(event.ruling))
-            for event in self.reader.read()
-        ]
-
-    def counts(self):
-        return {
-            (c.verdict.value, c.direction.value, *(ref.name for ref in c.policies)): c.packets
-            for c in self.part.counts()
-            if c.packets
-        }
-
-    def lost(self):
-        return self.part._programs.outcomes()["events_lost"]
 
 
 @pytest.fixture(scope="module")

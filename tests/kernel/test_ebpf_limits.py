@@ -19,11 +19,10 @@ from podwire.net import Protocol, parse_address
 from tests.conformance import service_packets as packets
 from tests.kernel.ebpf_node import whole_node
 from tests.kernel.ebpf_nodes import fill_up
-from tests.kernel.ebpf_policies import policy
+from tests.kernel.ebpf_policies import CLOSED, Node1, policy
 from tests.kernel.ebpf_runs import DROP, REDIRECT, grow_older, run
 from tests.kernel.ebpf_services import VIP, make_port, make_table
 from tests.kernel.ebpf_world import NEEDS_EBPF, OUTSIDE, POD, REMOTE, World
-from tests.kernel.test_ebpf_events import CLOSED, Node1
 
 pytestmark = NEEDS_EBPF
 

@@ -5,8 +5,8 @@ import pytest
 from podwire.kernel.bpf import Map, maps
 from podwire.kube.objects import NetworkPolicy
 from tests.kernel.ebpf_policies import pod, policy
-from tests.kernel.ebpf_world import NEEDS_EBPF, World
-from tests.kernel.test_ebpf_policy_restart import POD, is_let_through, start
+from tests.kernel.ebpf_world import NEEDS_EBPF, POD, World
+from tests.kernel.test_ebpf_policy_restart import is_let_through, start
 
 pytestmark = NEEDS_EBPF
 CASES = [(2, 1, port) for port in (80, 81, 88)] + [(1, 2, 80)]

@@ -9,10 +9,7 @@ import pytest
 
 from podwire.net import Protocol, format_address
 from tests.conformance import service_packets as packets
-from tests.kernel.ebpf_node import whole_node
-from tests.kernel.ebpf_runs import DROP, assert_sound
-from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD
-from tests.kernel.test_ebpf_random import (
+from tests.kernel.ebpf_draws import (
     CLIENTS,
     EXTERNAL,
     LOOPBACK,
@@ -24,6 +21,9 @@ from tests.kernel.test_ebpf_random import (
     draw_ports,
     draw_table,
 )
+from tests.kernel.ebpf_node import whole_node
+from tests.kernel.ebpf_runs import DROP, assert_sound
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD
 
 pytestmark = NEEDS_EBPF
 

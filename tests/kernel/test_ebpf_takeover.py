@@ -12,10 +12,9 @@ from podwire.datapath.ebpf.services import ServicesPart
 from podwire.datapath.nftables.services import ServicesPart as NftablesServicesPart
 from podwire.kernel import netns
 from podwire.kernel.ctnetlink import Table
-from tests.kernel.ebpf_agent import Talk, ports
+from tests.kernel.ebpf_agent import DIED, Talk, die_at, end, ports
 from tests.kernel.ebpf_services import VIP, make_table
 from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, POD, World
-from tests.kernel.test_ebpf_crash import DIED, die_at, end
 
 pytestmark = NEEDS_EBPF
 

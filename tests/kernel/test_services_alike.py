@@ -14,22 +14,16 @@ import threading
 import msgspec
 import pytest
 
-from podwire.datapath.ebpf.programs import OBJECTS, Programs
+from podwire.datapath.ebpf.programs import Programs
 from podwire.datapath.ebpf.services import ServicesPart as EbpfPart
 from podwire.datapath.nftables.services import ServicesPart as NftablesPart
 from podwire.kernel import netns
-from podwire.kernel.bpf import features
 from podwire.net import Protocol, parse_address
 from podwire.services import backend
 from tests.kernel.ebpf_services import VIP, make_port, make_table
-from tests.kernel.ebpf_world import NODE, OUTSIDE, POD, REMOTE, World
+from tests.kernel.ebpf_world import NEEDS_EBPF, NODE, OUTSIDE, POD, REMOTE, World
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(not list(OBJECTS.glob("*.bpf.o")), reason="no compiled eBPF programs"),
-]
-if os.geteuid() == 0 and features.missing():
-    pytestmark.append(pytest.mark.skip(reason=f"the kernel lacks {features.missing()[0]}"))
+pytestmark = NEEDS_EBPF
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
 PROTOCOLS = {TCP: Protocol.TCP, UDP: Protocol.UDP}
