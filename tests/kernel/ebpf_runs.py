@@ -81,11 +81,11 @@ def assert_sound(packet):
 
 def write_aged(world, entries, seconds):
     """Entries of the connection table as if all had been seen so long ago."""
-    now_s = int(time.monotonic())
-    for key, value in entries.items():
-        to, _, *rest = CONNECTION.unpack(value)
-        seen_s = (now_s - seconds) % (1 << 32)
-        world.programs.growing["connections"].map.update(key, CONNECTION.pack(to, seen_s, *rest))
+    seen_s = (int(time.monotonic()) - seconds) % (1 << 32)
+    unpacked = ((key, CONNECTION.unpack(value)) for key, value in entries.items())
+    world.programs.growing["connections"].map.update_batch(
+        (key, CONNECTION.pack(to, seen_s, *rest)) for key, (to, _, *rest) in unpacked
+    )
 
 
 def grow_older(world, seconds):
