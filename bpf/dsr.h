@@ -66,9 +66,7 @@ static __always_inline __u32 dsr_size(const struct packet *p)
  * client is neither a node nor a pod of it, and the other node will believe us (see `is_believed`). */
 static __always_inline bool may_lead(const struct flow *flow, const struct choice *choice)
 {
-	const __u32 ours = NETWORK_NODE | NETWORK_PODS | NETWORK_OWN_PODS;
-
-	if (!choice->dsr || network_flags(&flow->source) & ours ||
+	if (!choice->dsr || network_flags(&flow->source) & NETWORK_MEMBER ||
 	    !(network_flags(&choice->backend.address) & (NETWORK_NODE | NETWORK_PODS)))
 		return false;
 	return !(address_flags(&flow->destination) & ADDRESS_NODE) ||
@@ -239,11 +237,11 @@ static __always_inline int pop_option(struct __sk_buff *ctx, struct packet *p)
  * nodes and Services lend their addresses, and cluster members never get any. */
 static __always_inline bool is_believed(const struct packet *p, const struct flow *service, __u32 *id)
 {
-	const __u32 ours = NETWORK_NODE | NETWORK_PODS | NETWORK_OWN_PODS;
 	bool node = network_flags(&service->destination) & NETWORK_NODE;
 	struct frontend *frontend = find_frontend(service, node ? ADDRESS_NODE_PORT : 0);
 
-	if (!frontend || !(frontend->flags & FRONTEND_EXTERNAL) || network_flags(&p->flow.source) & ours)
+	if (!frontend || !(frontend->flags & FRONTEND_EXTERNAL) ||
+	    network_flags(&p->flow.source) & NETWORK_MEMBER)
 		return false;
 	*id = frontend->service;
 	return (!(frontend->flags & FRONTEND_RANGED) || in_ranges(frontend, &service->source)) &&

@@ -11,6 +11,7 @@ enum network_flag {
 	NETWORK_PODS = 4, /* pods of other nodes */
 	NETWORK_NODE = 8, /* an address of a node */
 };
+#define NETWORK_MEMBER (NETWORK_NODE | NETWORK_PODS | NETWORK_OWN_PODS)
 
 GROWING_MAP(networks, 1, BPF_MAP_TYPE_LPM_TRIE, struct prefix_key, __u32, BPF_F_NO_PREALLOC);
 
