@@ -74,11 +74,11 @@ def pairs(entry: Entry, node: Node, now_s: int) -> list[tuple[bytes, bytes]]:
         flags = ConnectionFlag(0)
     if original.protocol == Protocol.TCP and {original.source, reply.source} <= node.pods:
         flags |= ConnectionFlag.LOCAL
-    service = _service(original, node) if flags & ConnectionFlag.TRANSLATED else 0
+    number = service(original, node.services) if flags & ConnectionFlag.TRANSLATED else 0
     asked, answered = _states(entry)
     return [
-        _ours(back, there.reversed(), now_s, service, answered, flags | ConnectionFlag.REPLY),
-        _ours(there, back.reversed(), now_s, service, asked, flags),
+        _ours(back, there.reversed(), now_s, number, answered, flags | ConnectionFlag.REPLY),
+        _ours(there, back.reversed(), now_s, number, asked, flags),
     ]
 
 
@@ -97,12 +97,12 @@ def is_over(entry: Entry) -> bool:
     return entry.original.protocol == Protocol.TCP and entry.state in ended
 
 
-def _service(original: Tuple, node: Node) -> int:
+def service(original: Tuple, services: Mapping[bytes, int]) -> int:
     """The Service port that a packet to this destination addresses, or 0."""
     port, protocol = original.destination_port.to_bytes(2, "big"), original.protocol
     any_node = bytes(len(original.destination))  # NodePorts
     for address in (original.destination, any_node):
-        found = node.services.get(FRONTEND_KEY.pack(mapped(address), port, protocol))
+        found = services.get(FRONTEND_KEY.pack(mapped(address), port, protocol))
         if found:
             return found
     return 0

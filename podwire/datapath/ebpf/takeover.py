@@ -57,9 +57,11 @@ def join(programs: Programs, table: Table) -> list[Entry]:
             programs.connections.add({key: pair[key] for pair in copied for key in pair})
             programs.set_phase(Phase.JOINING)
         programs.growing["connections"].settle()  # nothing begins with netfilter any more
-        held = programs.growing["connections"].read()
-        found = list(table.entries())
-        programs.connections.correct(held, _copy(found, programs))
+        found: list[Entry] = []
+        for _ in range(2):  # what had no entry until the first time may have ended during it
+            held = programs.growing["connections"].read()
+            found = list(table.entries())
+            programs.connections.correct(held, _copy(found, programs))
         programs.set_phase(Phase.SERVING)
         own = address.own(programs.netns_fd)
         return [entry for entry in found if entries.is_carried(entry, own)]
@@ -109,11 +111,10 @@ def leave(node: str, table: Table) -> int:
             sysctl.write({_LOOSE: 1}, table.netns_fd)
         if _phase(maps) is not Phase.WAITING:  # else netfilter carries everything already
             told = _foretell(maps, table)
-            _forget_ended(maps, table)
             _set_phase(maps, Phase.LEAVING)
             with _strict(table):
+                table.delete_entries(_untranslated(maps, table))
                 refused = _make(table, list(_lacking(maps, table, told)))
-                _forget_ended(maps, table)
                 _set_phase(maps, Phase.WAITING)
     pinned.remove(node)
     return refused
@@ -128,20 +129,22 @@ def _foretell(maps: PinnedMaps, table: Table) -> set[Entry]:
     return hidden - table.create(hidden).keys()
 
 
-def _forget_ended(maps: PinnedMaps, table: Table) -> None:
-    """What processes of the node began and ended, netfilter remembers as it looks before we
-    translate it; it would leave a new connection from that port untranslated.
+def _untranslated(maps: PinnedMaps, table: Table) -> list[Entry]:
+    """What netfilter noted of connections of the node's processes to Services, as these look before
+    we translate them. While one is there, nothing from that port is translated.
     """
     own = address.own(table.netns_fd)
-    known = entries.kernel_entries(dict(maps.items("connections")))
-    ended = {
-        entry.original
-        for entry, _ in known
-        if entries.is_over(entry) and not _is_plain(entry) and entry.original.source in own
-    }
-    table.delete_entries(
-        [entry for entry in table.entries() if entry.original in ended and _is_plain(entry)]
-    )
+    services = entries.services(dict(maps.items("frontends")))
+    return [
+        entry
+        for entry in table.entries()
+        if _is_plain(entry)
+        and any(
+            # an answer may have been the first packet that it saw
+            direction.source in own and entries.service(direction, services)
+            for direction in (entry.original, entry.reply)
+        )
+    ]
 
 
 def _is_plain(entry: Entry) -> bool:
