@@ -87,11 +87,11 @@ __noinline __u32 lifetime(const struct walk *w, __u8 protocol, __u8 here, __u8 t
 	return led ? LED_S : w->established_s;
 }
 
+/* A walk may still come to the pair, where both are in one bucket: what is gone counts only once. */
 static __always_inline void remove_both(void *map, struct walk *w, const struct flow *key)
 {
-	bpf_map_delete_elem(map, &w->pair);
-	bpf_map_delete_elem(map, key);
-	w->removed += 2;
+	w->removed += !bpf_map_delete_elem(map, &w->pair);
+	w->removed += !bpf_map_delete_elem(map, key);
 }
 
 static long expire(void *map, const struct flow *key, struct connection *value, struct walk *w)
@@ -122,7 +122,7 @@ static long expire(void *map, const struct flow *key, struct connection *value, 
 	lives = lifetime(w, key->protocol, value->state, state, value->flags & CONNECTION_DSR);
 	silent = w->now_s - seen_s; /* entries may be younger than this walk's idea of now */
 	if (silent > lives >> w->pressure) {
-		if (silent <= lives)
+		if (silent <= lives && !(value->flags & CONNECTION_REPLY))
 			count(REASON_EVICTED);
 		remove_both(map, w, key);
 	} else if (is_local_translation(value->flags))
