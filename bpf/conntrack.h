@@ -18,6 +18,7 @@ enum connection_flag {
 	CONNECTION_DSR = 16, /* led to another node, which answers the client itself */
 	CONNECTION_LED = 32, /* led here by another node: its two keys mirror each other */
 	CONNECTION_COPIED = 64, /* from the kernel's table, which may know better while PHASE_JOINING */
+	CONNECTION_ANSWERED = 128, /* its client's packets are not judged any more */
 };
 
 enum connection_state { /* what this direction has sent */
@@ -192,6 +193,15 @@ static __always_inline bool is_over(const struct flow *key, const struct connect
 	__u8 other = opposite_state(key, connection);
 
 	return (connection->state | other) & STATE_RST || connection->state & other & STATE_FIN;
+}
+
+/* Whether this may be a client's packet to which no answer has been seen. Of TCP only what opens a
+ * connection: all else comes of an answer. */
+static __always_inline bool may_be_unanswered(const struct connection *connection,
+					      const struct packet *p)
+{
+	return !(connection->flags & (CONNECTION_REPLY | CONNECTION_ANSWERED)) &&
+	       (!is_stream(p->flow.protocol) || is_opening(p));
 }
 
 /* Record a connection that is not translated, `flow` being the answers' direction if `reply`. Entries that

@@ -109,6 +109,27 @@ static __always_inline bool is_permitted(struct __sk_buff *ctx, struct work *w, 
 	return true;
 }
 
+/* The same about a packet of a connection. Until there is an answer, policies judge each as the first,
+ * for what they say may have changed (nf_conntrack calls such packets NEW). */
+__noinline int is_still_permitted(struct __sk_buff *ctx, struct work *w, int place)
+{
+	struct connection *connection;
+	bool tracked;
+
+	if (!w)
+		return false;
+	connection = find_connection(&w->packet.flow);
+	if (!connection)
+		return true;
+	if (opposite_state(&w->packet.flow, connection) & STATE_SEEN) {
+		connection->flags |= CONNECTION_ANSWERED;
+		return true;
+	}
+	w->to = connection->to;
+	w->to.source = w->packet.flow.source; /* policies come before masquerading */
+	return is_permitted(ctx, w, place, &tracked);
+}
+
 /* Whether answers to this packet, which needs no entry of its own, would be taken for those of another
  * connection: one from the same port to a Service that led to the same backend. */
 static __always_inline bool is_shadowed(struct work *w)
@@ -403,6 +424,8 @@ static __always_inline int walk(struct __sk_buff *ctx, enum place place)
 	touch(connection, p);
 	if (connection->flags & CONNECTION_STACK)
 		return TCX_NEXT;
+	if (with_policy && may_be_unanswered(connection, p) && !is_still_permitted(ctx, w, place))
+		return TCX_DROP;
 	if (!(connection->flags & CONNECTION_TRANSLATED))
 		return send(ctx, p, place, false, false);
 	w->to = connection->to;

@@ -120,6 +120,38 @@ def test_an_open_connection_outlives_a_policy_and_answers_always_pass(world):
     assert world.ask("pod2", POD[1][4], 80)[0] == POD[1][4]
 
 
+@pytest.mark.parametrize("direction", ["Ingress", "Egress"])
+@pytest.mark.parametrize("target", ["pod1", "outside"])
+def test_datagrams_that_nobody_answers_are_judged_anew(world, target, direction):
+    closed = policy("all", {"podSelector": {}, "policyTypes": [direction]})
+    enforce(world)
+    address = {"pod1": POD[1], "outside": OUTSIDE}[target][4]
+    with (
+        netns.socket(world.spaces[target], socket.AF_INET, socket.SOCK_DGRAM) as server,
+        netns.socket(world.spaces["pod2"], socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        server.settimeout(3)
+        server.bind((address, 0))
+        client.connect(server.getsockname())
+        client.send(b"1")
+        _, sender = server.recvfrom(10)
+        enforce(world, closed)
+        client.send(b"2")
+        enforce(world)
+        client.send(b"3")
+        judged = direction == "Egress" or target == "pod1"
+        assert server.recv(10) == (b"3" if judged else b"2")
+        client.settimeout(3)
+        server.sendto(b"answer", sender)
+        assert client.recv(10) == b"answer"
+        enforce(world, closed)
+        client.send(b"4")
+        assert (b"3" if not judged else b"") + b"4" == b"".join(
+            server.recv(10) for _ in range(1 if judged else 2)
+        )
+    enforce(world)
+
+
 def test_verify_repairs_what_others_broke(world):
     enforce(world, policy("p", SPECS["deny all ingress"]))
     growing = world.part._programs.growing["rules"]
