@@ -132,6 +132,7 @@ class ConnectionFlag(IntFlag):
     DSR = 16
     LED = 32
     COPIED = 64
+    ANSWERED = 128
 
 
 class ConnectionState(IntFlag):
