@@ -1,4 +1,4 @@
-"""The way of a packet, timed: `make bench BENCH=path [ARGS="--services 30000 --rounds 12"]`.
+"""The way of a packet, timed: `make bench BENCH=path [ARGS="--services 30000 --rounds 20"]`.
 
 A bare veth pair, which is the least that two namespaces can cost, a bridge, and pods of real labs
 with all parts on: nftables and eBPF, straight and through Services, on one node and across two.
@@ -22,8 +22,7 @@ from statistics import median
 from bench.path_worlds import Absent, Way, World, bare_pair, bridge, compiled, lab
 from bench.report import Report
 
-CONNECTIONS, EXCHANGES, POUR_S = 300, 1000, 0.25
-POURS = 6  # rounds with throughput
+CONNECTIONS, EXCHANGES, POUR_S = 300, 1000, 0.4
 
 
 @dataclass
@@ -35,15 +34,14 @@ class Row:
     exchange: list[list[float]] = field(default_factory=list[list[float]])
     pour: list[list[float]] = field(default_factory=list[list[float]])
 
-    def measure(self, cpus: tuple[int, int], pour: bool) -> None:
+    def measure(self, cpus: tuple[int, int]) -> None:
         """One round, the server being on the second CPU."""
         near, same = cpus
         connect = self.way.ask("ask", CONNECTIONS, cpu=same)
         self.connect.append([ns / 1000 for ns in connect])
         exchange = self.way.ask("talk", EXCHANGES, cpu=same)
         self.exchange.append([ns / 1000 for ns in exchange])
-        if pour:
-            self.pour.append([rate * 8 / 1e9 for rate in self.way.ask("pour", POUR_S, cpu=near)])
+        self.pour.append([rate * 8 / 1e9 for rate in self.way.ask("pour", POUR_S, cpu=near)])
 
 
 EBPF = "ebpf: pod → pod"
@@ -118,7 +116,7 @@ def _ratios(ours: list[list[float]], theirs: list[list[float]]) -> list[float]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.path", description=__doc__)
     parser.add_argument("--services", type=int, default=30_000, help="in the row of many")
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     report = Report("path", "Pod to pod and through Services: round trips and throughput")
     usable = sorted(os.sched_getaffinity(0))
@@ -132,12 +130,13 @@ def main() -> int:
             except Absent as absent:
                 report.absent(absent.label, str(absent))
         for row in rows:
-            row.measure(cpus, pour=False)  # caches are filled, neighbours known
+            row.measure(cpus)  # caches are filled, neighbours known
             row.connect.clear()
             row.exchange.clear()
+            row.pour.clear()
         for number in range(args.rounds):
             for row in (*rows[number % len(rows) :], *rows[: number % len(rows)]):
-                row.measure(cpus, pour=number < POURS)
+                row.measure(cpus)
     tell(report, rows)
     return report.finish()
 

@@ -108,7 +108,7 @@ class LabDir:
     def log(self, process: str) -> Path:
         return self.path / "log" / f"{process}.log"
 
-    def last_words(self, lines: int = 15) -> dict[str, str]:
+    def last_words(self, lines: int = 40) -> dict[str, str]:
         """The end of every process's log that says something, by the process."""
         logs = sorted((self.path / "log").glob("*.log"))
         texts = {path.stem: path.read_text(errors="replace").splitlines() for path in logs}
