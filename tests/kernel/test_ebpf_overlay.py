@@ -5,6 +5,7 @@ tunnel, with a plain collect-metadata device and routes whose keys say what the 
 """
 
 import contextlib
+import ipaddress
 import socket
 import struct
 
@@ -189,14 +190,19 @@ class Overlay(World):
             )
 
     @contextlib.contextmanager
-    def captured(self):
-        """Outer source and tunnel id of all that the node sends meanwhile."""
+    def captured(self, sender):
+        """Outer source and tunnel id of what the node sends meanwhile for `sender`, an address.
+
+        Others may still end what they did before.
+        """
         found = []
         raw = netns.socket(self.spaces["outside"], socket.AF_PACKET, socket.SOCK_RAW, 0x0300)
         raw.setblocking(False)
         version = socket.AF_INET if self.underlay == 4 else socket.AF_INET6
         place = slice(26, 30) if self.underlay == 4 else slice(22, 38)
         udp = 34 if self.underlay == 4 else 54
+        inner = ipaddress.ip_address(sender).packed
+        at = udp + 16 + 14 + (12 if len(inner) == 4 else 8)  # behind UDP, VXLAN and Ethernet
         with raw:
             yield found
             with contextlib.suppress(BlockingIOError):
@@ -204,7 +210,8 @@ class Overlay(World):
                     frame = raw.recv(2048)
                     source = socket.inet_ntop(version, frame[place].ljust(place.stop - place.start))
                     to_tunnel = frame[udp + 2 : udp + 4] == struct.pack("!H", 8472)
-                    if to_tunnel and source != OUTSIDE[self.underlay]:
+                    from_it = frame[at : at + len(inner)] == inner
+                    if to_tunnel and from_it and source != OUTSIDE[self.underlay]:
                         found.append((source, int.from_bytes(frame[udp + 12 : udp + 15], "big")))
 
 
@@ -244,16 +251,16 @@ FAMILIES = pytest.mark.parametrize("family", [4, 6])
 @FAMILIES
 def test_pods_and_nodes_reach_each_other_and_say_who_they_are(world, family):
     for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        with world.captured() as seen:
+        with world.captured(POD[1][family]) as seen:
             assert world.ask("pod1", REMOTE[family], 80, kind) == (REMOTE[family], POD[1][family])
         assert set(seen) == {(NODE[world.underlay], tag_of(CLIENT))}
-        with world.captured() as seen:
+        with world.captured(POD[2][family]) as seen:
             assert world.ask("pod2", REMOTE[family], 80, kind) == (REMOTE[family], POD[2][family])
         assert set(seen) == {(NODE[world.underlay], tag_of(OTHER))}
-        with world.captured() as seen:
+        with world.captured(INSIDE[family]) as seen:
             assert world.ask("node", REMOTE[family], 80, kind) == (REMOTE[family], INSIDE[family])
         assert set(seen) == {(NODE[world.underlay], OVERLAY_ID)}
-        with world.captured() as seen:
+        with world.captured(POD[1][family]) as seen:
             assert world.reaches(family, kind=kind)
         assert set(seen) == {(NODE[world.underlay], tag_of(CLIENT))}  # the answers
 
@@ -399,7 +406,7 @@ def test_services_lead_into_the_tunnel(world, family):
         assert world.ask("node", VIP[family], 80) == (far, INSIDE[family])
         # from outside the cluster, to a port of the node: with its address inside, for the answers
         client = (OUTSIDE[family], 0)
-        with world.captured() as seen:
+        with world.captured(INSIDE[family]) as seen:
             assert world.ask("outside", NODE[family], 30080, source=client) == (far, INSIDE[family])
         assert set(seen) == {(NODE[world.underlay], OVERLAY_ID)}
     finally:
