@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* Connected UDP sockets whose backend is gone would send into the void for good: no packet of theirs is
- * translated any more. Those of an address that leads there no more would never know. Closed, their process gets ECONNABORTED and connects anew. Run by user space in
- * each namespace, after a backend left (Linux 6.5).
+ * translated any more. Those of an address that leads there no more would never know. Closed, their
+ * process gets ECONNABORTED and connects anew. Run by user space in each namespace, after a backend left
+ * (Linux 6.5).
  */
 #define PODWIRE_NO_PACKETS
 #include "service.h"
